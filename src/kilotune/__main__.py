@@ -1,0 +1,5 @@
+"""`python -m kilotune`."""
+
+from kilotune.cli.main import main
+
+main()

@@ -1,0 +1,71 @@
+"""Tiled basis: z_k[i] = s[i] · H[k, i mod M], s the ±1 noise of a tensor, H the M×M Walsh–Hadamard matrix.
+
+Source: ours. The random signs times a Hadamard row are those of the fast Johnson–Lindenstrauss transform
+(Ailon and Chazelle, "Approximate nearest neighbors and the fast Johnson-Lindenstrauss transform", 2006).
+Every z_k has ±1 entries and E[z zᵀ] = I over s; directions are orthogonal within each full tile of M elements.
+Coordinates are u = Hᵀ a, so any sum Σ a_k z_k is one pass w[i] += s[i] · u[i mod M], however many directions.
+Wire: coordinates travel, not pairs; noise law "sign", direction index 0 (docs/wire.md, noise spec v1).
+"""
+
+from typing import ClassVar, Literal
+
+import numpy as np
+from pydantic import Field, field_validator
+from torch import Tensor, from_numpy
+
+from kilotune.basis import Basis
+from kilotune.basis._flat import check_index, flat, flat_out, scatter, vector
+from kilotune.core.noise import stream_key
+from kilotune.core.types import SeedUpdate
+
+
+class Tiled(Basis):
+    """One sign per element, shared by all directions; M = size numbers describe a change of every weight."""
+
+    one_pass: ClassVar[bool] = True
+
+    size: int = Field(4096, ge=1, description="M, a power of two: coordinates sent per tensor group (ours)")
+    refresh: Literal["round", "run"] = Field("round", description="fresh signs each round (ours), or one set for the run")
+    scale: Literal["rms", "none"] = Field("rms", description="share of a tensor: rms of its base weights (ours), or 1")
+
+    @field_validator("size")
+    @classmethod
+    def _power_of_two(cls, size: int) -> int:
+        if size & (size - 1):
+            below = 1 << (size.bit_length() - 1)
+            raise ValueError(f"got {size}, expected a power of two. Use {below} or {2 * below}.")
+        return size
+
+    def coordinates(self, update: SeedUpdate) -> Tensor:
+        """u = Hᵀ a in float32 butterflies, a the float32 sums of the pairs' coefficients."""
+        from kilotune.core import kernels
+
+        return from_numpy(kernels.fwht(scatter(update, self.size, "basis.tiled")))
+
+    def direction(self, index: int) -> Tensor:
+        """Row `index` of H: (-1)^popcount(index & j)."""
+        check_index(index, self.size, "basis.tiled")
+        parity = np.arange(self.size, dtype=np.uint64) & np.uint64(index)
+        for shift in (32, 16, 8, 4, 2, 1):
+            parity ^= parity >> np.uint64(shift)
+        return from_numpy((1 - 2 * (parity & np.uint64(1)).astype(np.int64)).astype(np.float32))
+
+    def add(self, weight: Tensor, name: str, steps: list[tuple[int, Tensor]], out: Tensor | None = None) -> Tensor:
+        """w[i] += s[i] · u[i mod M], step after step, each addition rounded to float32; one pass over memory."""
+        from kilotune.core import kernels
+
+        where = f"basis.tiled {name}"
+        target, flat_target = flat_out(weight, out, where)
+        moves = [(stream_key("sign", root, 0, name), vector(u, self.size, where)) for root, u in steps]
+        kernels.tiled_add(flat(weight, where), flat_target, moves)
+        return target
+
+    def project(self, gradient: Tensor, name: str, root: int) -> Tensor:
+        """v[j] = Σ_{i ≡ j mod M} s[i] · g[i], the gradient of u; float64 sums, rounded once."""
+        from kilotune.core import kernels
+
+        g = flat(gradient, f"basis.tiled {name}")
+        return from_numpy(kernels.tiled_project(g, stream_key("sign", root, 0, name), self.size))
+
+
+METHOD = Tiled

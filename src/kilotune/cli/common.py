@@ -1,0 +1,59 @@
+"""What all commands share: options, results on stdout, and errors as one clear line."""
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+Format = Annotated[
+    Literal["text", "json"], typer.Option("--format", help="text for people, json for scripts (one object on stdout).")
+]
+Override = Annotated[
+    list[str],
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one value, e.g. optimizer.lr=1e-3. Repeatable."),
+]
+Output = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Run folder; an unfinished one is resumed.")]
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file (YAML), or the name of a shipped one.")]
+
+
+def show(result: dict[str, Any], format: str, text: Callable[[], None]) -> None:
+    """The result: one JSON object, or the human view."""
+    if format == "json":
+        sys.stdout.write(json.dumps(result) + "\n")
+    else:
+        text()
+
+
+def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+    """A table on stdout; numbers are aligned right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    grid = Table(title=title or None, title_justify="left", header_style="bold")
+    content = [[("" if cell is None else str(cell)) for cell in row] for row in rows]
+    for index, column in enumerate(columns):
+        numeric = bool(content) and all(_numeric(row[index]) for row in content)
+        grid.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in content:
+        grid.add_row(*row)
+    Console().print(grid)
+
+
+def _numeric(text: str) -> bool:
+    return not text or text[0].isdigit() or text[0] in "+-" and text[1:2].isdigit()
+
+
+def say(line: str) -> None:
+    """One line for people, on stderr, so that stdout stays the result's."""
+    typer.echo(line, err=True)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f} %"

@@ -1,0 +1,134 @@
+"""Commands on a tuned model: evaluate, chat, replay, apply, merge, export."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from kilotune.cli.common import Format, number, percent, say, show, table
+
+Target = Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="Run folder, exported folder, seed file or base.")]
+Base = Annotated[str | None, typer.Option("--base", help="Base model, when the one named by the run is elsewhere.")]
+Folder = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.")]
+
+
+def register(app: typer.Typer) -> None:
+    for command in (evaluate, chat, replay, apply, merge, export):
+        app.command()(command)
+
+
+def evaluate(
+    target: Target,
+    data: Annotated[str, typer.Option("--data", "-d", help="Rows to measure on: file, folder or hub id.")],
+    split: Annotated[str, typer.Option(help="Which rows: test, train, valid or all.")] = "test",
+    limit: Annotated[int | None, typer.Option(help="Rows at most, spread evenly over the clients.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens generated per row; 0: loss only.")] = 48,
+    max_length: Annotated[int, typer.Option(help="Tokens per row; longer rows are cut.")] = 512,
+    template: Annotated[str | None, typer.Option(help="chat, plain or alpaca; default: the run's, else chat.")] = None,
+    base: Base = None,
+    format: Format = "text",
+) -> None:
+    """Measure loss, perplexity, exact match and ROUGE-L, overall and per client."""
+    from kilotune.cli.display import Display
+    from kilotune.engine.measure import measure
+
+    with Display(None, "row") as emit:
+        result = measure(target, data, split, limit, max_new_tokens, max_length, template, base, emit)
+
+    def text() -> None:
+        rows = [["all", *_figures(result["overall"])]]
+        if len(result["clients"]) > 1:
+            rows += [[name, *_figures(figures)] for name, figures in result["clients"].items()]
+        table(f"{target} on {data} ({split})", ["client", "rows", "loss", "perplexity", "exact match", "ROUGE-L"], rows)
+
+    show(result, format, text)
+
+
+def _figures(figures: dict[str, Any]) -> list[str]:
+    return [
+        str(figures["num_examples"]),
+        number(figures["loss"]),
+        number(figures["perplexity"], 2),
+        percent(figures["exact_match"]),
+        percent(figures["rouge_l"]),
+    ]
+
+
+def chat(
+    target: Target,
+    compare: Annotated[bool, typer.Option("--compare", help="Answer with the base model too, side by side.")] = False,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this once and stop.")] = None,
+    system: Annotated[str | None, typer.Option(help="System turn.")] = None,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens per answer at most.")] = 200,
+    base: Base = None,
+    format: Format = "text",
+) -> None:
+    """Talk to a tuned model, in the terminal."""
+    from kilotune.cli.talk import answer_once, converse
+
+    if prompt is not None:
+        result = answer_once(target, prompt, compare, system, temperature, max_new_tokens, base)
+        show(result, format, lambda: None if format == "json" else _print_answers(result))
+    else:
+        converse(target, compare, system, temperature, max_new_tokens, base)
+
+
+def _print_answers(result: dict[str, Any]) -> None:
+    if "base_answer" in result:
+        table("", ["base", "tuned"], [[result["base_answer"], result["answer"]]])
+    else:
+        typer.echo(result["answer"])
+
+
+def replay(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder or seed file.")],
+    base: Base = None,
+    format: Format = "text",
+) -> None:
+    """Verify the hash chain, rebuild the weights from base and ledger, print their digest."""
+    from kilotune.cli.display import Display
+    from kilotune.engine.measure import replay as rebuild
+
+    with Display(None, "round") as emit:
+        result = rebuild(run, base, emit)
+    show(
+        result,
+        format,
+        lambda: typer.echo(f"verified {result['rounds']} rounds; weights {result['digest']}"),
+    )
+
+
+def apply(
+    seed_file: Annotated[Path, typer.Argument(metavar="FILE.seed", help="A fine-tune in kilobytes.")],
+    output: Folder,
+    base: Annotated[str, typer.Option("--base", help="The base model the file was made for.")],
+    format: Format = "text",
+) -> None:
+    """Base model + seed file = tuned model, as a Hugging Face folder."""
+    _export(str(seed_file), output, "hf", base, format)
+
+
+def merge(target: Target, output: Folder, base: Base = None, format: Format = "text") -> None:
+    """Fold a run's changes into its base; writes a Hugging Face folder."""
+    _export(target, output, "hf", base, format)
+
+
+def export(
+    target: Target,
+    output: Folder,
+    to: Annotated[Literal["hf", "peft"], typer.Option("--to", help="hf: whole model; peft: adapter folder.")] = "hf",
+    base: Base = None,
+    format: Format = "text",
+) -> None:
+    """Write a run's result for other tools."""
+    _export(target, output, to, base, format)
+
+
+def _export(target: str, output: Path, to: str, base: str | None, format: str) -> None:
+    from kilotune.cli.display import Display
+    from kilotune.engine.measure import export as write
+
+    with Display(None, "") as emit:
+        result = write(target, output, to, base, emit)
+    show(result, format, lambda: say(f"wrote {result['folder']} (weights {result['digest'][:16]}); it was re-read and checked"))

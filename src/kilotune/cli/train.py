@@ -1,0 +1,131 @@
+"""Commands that train: tune, federate, server, client."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kilotune.cli.common import Format, Output, Override, RecipeName, number, percent, say, show, table
+
+server_app = typer.Typer(no_args_is_help=True, help="Lead a federation over real machines.")
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(tune)
+    app.command()(federate)
+    app.add_typer(server_app, name="server")
+    app.command()(client)
+
+
+def tune(recipe: RecipeName, overrides: Override = [], output: Output = Path("runs/tune"), format: Format = "text") -> None:
+    """Fine-tune on this machine, with its own data."""
+    from kilotune.cli.display import Display
+    from kilotune.engine.compose import compose
+    from kilotune.engine.session import tune as run
+
+    plan = compose(recipe, "tune", overrides)
+    with Display(plan.recipe.steps, "step") as emit:
+        summary = run(plan, output, emit)
+    show(summary, format, lambda: _outcome(summary, output))
+
+
+def federate(
+    recipe: RecipeName = "kilotune",
+    overrides: Override = [],
+    output: Output = Path("runs/federate"),
+    engine: Annotated[
+        str, typer.Option("--engine", help="serial: one client after the other; flower: Flower's simulation engine.")
+    ] = "serial",
+    format: Format = "text",
+) -> None:
+    """Run a whole federation on this machine: try it here before you deploy it."""
+    from kilotune.cli.display import Display
+    from kilotune.engine.compose import compose
+    from kilotune.engine.session import federate as run
+
+    plan = compose(recipe, "federate", overrides)
+    with Display(plan.recipe.rounds, "round") as emit:
+        summary = run(plan, output, emit)
+    show(summary, format, lambda: _outcome(summary, output))
+
+
+@server_app.command("init")
+def server_init(
+    folder: Annotated[Path, typer.Argument(help="Folder for keys and join files; keep it private.")],
+    clients: Annotated[list[str], typer.Option("--client", "-c", help="Name of a client to enrol. Repeatable.")],
+    host: Annotated[str, typer.Option(help="Name or address under which clients reach this server.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port clients connect to.")] = 8443,
+    format: Format = "text",
+) -> None:
+    """Make the server's keys and one join file per client. Run again to enrol more clients."""
+    from kilotune.engine.flower.keys import init_server
+
+    keys = init_server(folder, host, port, clients)
+    joins = {name: str(path) for name, path in keys.join_files.items()}
+    show(
+        {"folder": str(folder), "address": f"{host}:{port}", "join_files": joins},
+        format,
+        lambda: table(f"server {host}:{port}", ["client", "give this file to it, over a safe way"], joins.items()),
+    )
+
+
+@server_app.command("run")
+def server_run(
+    recipe: RecipeName = "kilotune",
+    keys: Annotated[Path, typer.Option("--keys", help="Folder made by `kilotune server init`.")] = Path("keys"),
+    overrides: Override = [],
+    output: Output = Path("runs/server"),
+    wait_for: Annotated[int, typer.Option(help="Start when this many clients are there; 0: all enrolled.")] = 0,
+    format: Format = "text",
+) -> None:
+    """Lead the federation: wait for the clients, run the rounds, keep the ledger."""
+    from kilotune.cli.display import Display
+    from kilotune.engine.compose import compose
+    from kilotune.engine.deployed import serve
+
+    plan = compose(recipe, "federate", overrides)
+    with Display(plan.recipe.rounds, "round") as emit:
+        summary = serve(plan, keys, output, wait_for, emit)
+    show(summary, format, lambda: _outcome(summary, output))
+
+
+def client(
+    join: Annotated[Path, typer.Argument(metavar="JOIN_FILE", help="The file the server's owner gave you.")],
+    data: Annotated[str, typer.Option("--data", "-d", help="Your rows: file, folder or hub id. They stay here.")],
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="Recipe you agreed on; the server must use the same.")] = "kilotune",
+    overrides: Override = [],
+    only: Annotated[str | None, typer.Option("--only", help="Use only rows whose field `client` has this value.")] = None,
+    output: Output = Path("runs/client"),
+    wait: Annotated[float, typer.Option(help="Seconds to wait for the server to appear.")] = 60.0,
+    format: Format = "text",
+) -> None:
+    """Take part in a federation with your own data; stays until the server says it is finished."""
+    from kilotune.cli.display import Display
+    from kilotune.engine.compose import compose
+    from kilotune.engine.deployed import join as run
+
+    plan = compose(recipe, "federate", [f"data.path={data}", *overrides])
+    with Display(plan.recipe.rounds, "round") as emit:
+        summary = run(plan, join, only, output, wait, emit)
+    show(summary, format, lambda: say(f"finished after round {summary['rounds']}; weights {summary['digest'][:16]}"))
+
+
+def _outcome(summary: dict[str, Any], output: Path) -> None:
+    from kilotune.core.units import human_bytes, human_seconds
+
+    before, after = summary["eval"]["before"] or {}, summary["eval"]["after"]
+    table(
+        "held-out rows",
+        ["", "before", "after"],
+        [
+            ["loss", number(before.get("loss")), number(after["loss"])],
+            ["exact match", percent(before.get("exact_match")), percent(after["exact_match"])],
+            ["ROUGE-L", percent(before.get("rouge_l")), percent(after["rouge_l"])],
+            ["rows", before.get("num_examples"), after["num_examples"]],
+        ],
+    )
+    if summary["command"] == "federate":
+        up, down = summary["payload_up_bytes_per_client_round"], summary["payload_down_bytes_per_client_round"]
+        say(f"payload per client and round: {human_bytes(up)} up, {human_bytes(down)} down")
+    say(f"peak memory {human_bytes(summary['peak_rss_bytes'])}, {human_seconds(summary['seconds'])}")
+    say(f"weights {summary['digest'][:16]}, results in {output} (open {output / 'report.html'})")

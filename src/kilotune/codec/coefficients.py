@@ -1,0 +1,145 @@
+"""Coefficients: few numbers in blocks of 64, each block with its own step: q = round(x / step), decoded = q · step.
+
+Source: ours; absmax block scales as in Dettmers et al., "8-bit Optimizers via Block-wise Quantization", arXiv
+2110.02861; error feedback as in Karimireddy et al., "Error Feedback Fixes SignSGD and other Gradient Compression
+Schemes", arXiv 1901.09847.
+Departs: a block's step is fp16 rounded up, times 2^e shared by the payload, so that no number leaves the integer
+range and neither tiny nor huge updates underflow or overflow.
+Wire: "COF1" | u8 dtype (1 fp16, 3 int8, 4 int16) | u16 block | i16 e | u32 table checksum | u32 number of blocks |
+u64 n | fp16 step of each block | n numbers; little-endian, 25 + 2·blocks + width·n bytes. Blocks restart at each
+tensor; tensors travel in name order.
+"""
+
+import math
+import struct
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from kilotune.codec import Codec, State, TensorUpdate, Update, WireContext, WireError
+from kilotune.codec._blocks import block_counts, block_peaks, round_up_fp16, signed
+from kilotune.codec._frame import (
+    DTYPE_CODES,
+    check,
+    check_finite,
+    check_tensors,
+    in_name_order,
+    numel,
+    open_header,
+    table_checksum,
+)
+
+HEADER = struct.Struct("<4sBHhIIQ")
+MAGIC = b"COF1"
+LIMIT = {"int8": 127, "int16": 32767, "fp16": 32768}  # largest |q|
+WIRE = {"int8": "<i1", "int16": "<i2", "fp16": "<f2"}
+TOP = 1e38  # beyond this the float32 result could overflow
+
+
+class Coefficients(Codec):
+    """Quantized tensors of few numbers, normally one tensor of coordinates (M,)."""
+
+    dtype: Literal["int8", "int16", "fp16"] = Field("int8", description="type of a number inside its block")
+    block: int = Field(64, ge=1, le=65535, description="numbers that share a 2-byte step")
+    error_feedback: bool = Field(True, description="add what rounding lost to the next update under the same root")
+
+    def encode(self, update: Update, context: WireContext, state: State) -> bytes:
+        """State: `residual/<name>` float32 and `residual_root` () int64, both only with error feedback."""
+        if not isinstance(update, TensorUpdate):
+            raise TypeError("coefficients takes tensors, got pairs")
+        check_tensors("coefficients", update.tensors, context.shapes)
+        shapes = in_name_order(context.shapes)
+        values = self._values(update, context, state)
+        peaks = {name: block_peaks(value, self.block) for name, value in values.items()}
+        top = max((float(peak.max()) for peak in peaks.values() if peak.size), default=0.0) / LIMIT[self.dtype]
+        exponent = math.frexp(top)[1] - 15 if top else 0  # steps / 2^e fill fp16 up to 32768
+        scales, numbers = [], []
+        for name, value in values.items():
+            scale = round_up_fp16(np.ldexp(peaks[name] / LIMIT[self.dtype], -exponent))
+            number = self._quantize(value, scale, exponent)
+            scales.append(scale.astype("<f2"))
+            numbers.append(number)
+            if self.error_feedback:
+                lost = value - self._dequantize(number, scale, exponent)
+                state[f"residual/{name}"] = torch.from_numpy(lost.astype(np.float32)).reshape(shapes[name])
+        if self.error_feedback:
+            state["residual_root"] = torch.tensor(signed(context.root), dtype=torch.int64)
+        head = (self.block, exponent, table_checksum(shapes), sum(s.size for s in scales), sum(q.size for q in numbers))
+        header = HEADER.pack(MAGIC, DTYPE_CODES[self.dtype], *head)
+        return b"".join([header, *(part.tobytes() for part in scales + numbers)])
+
+    def _values(self, update: TensorUpdate, context: WireContext, state: State) -> dict[str, np.ndarray]:
+        """(n,) float64 of each tensor in name order: the update plus what earlier rounds lost."""
+        carried = self._carried(context, state)
+        values = {}
+        for name in sorted(context.shapes):
+            value = update.tensors[name].detach().cpu().reshape(-1).double().numpy()
+            check_finite("coefficients", f"tensor {name!r}", value)
+            if value.size and np.abs(value).max() > TOP:
+                raise WireError(
+                    f"coefficients: got {np.abs(value).max():.3g} in tensor {name!r}, expected at most {TOP}. "
+                    "The client diverged; lower optimizer.lr."
+                )
+            values[name] = value + carried[name] if name in carried else value
+        return values
+
+    def _carried(self, context: WireContext, state: State) -> dict[str, np.ndarray]:
+        """Residuals that still mean something: under another root the same numbers are another direction."""
+        root = state.get("residual_root")
+        if not self.error_feedback or root is None or int(root) != signed(context.root):
+            return {}
+        return {
+            name: state[f"residual/{name}"].reshape(-1).double().numpy()
+            for name in context.shapes
+            if f"residual/{name}" in state
+        }
+
+    def _quantize(self, value: np.ndarray, scale: np.ndarray, exponent: int) -> np.ndarray:
+        step = self._steps(scale, exponent, value.size)
+        ratio = np.divide(value, step, out=np.zeros_like(value), where=step > 0)
+        return (ratio if self.dtype == "fp16" else np.rint(ratio)).astype(WIRE[self.dtype])
+
+    def _dequantize(self, number: np.ndarray, scale: np.ndarray, exponent: int) -> np.ndarray:
+        """(n,) float32. The product is exact in float64 and rounded once, so every machine gets the same bits."""
+        with np.errstate(over="ignore", invalid="ignore"):  # hostile steps; decode refuses the result
+            return (number * self._steps(scale, exponent, number.size)).astype(np.float32)
+
+    def _steps(self, scale: np.ndarray, exponent: int, count: int) -> np.ndarray:
+        """(n,) float64: the step of each number."""
+        return np.repeat(np.ldexp(scale.astype(np.float64), exponent), self.block)[:count]
+
+    def decode(self, payload: bytes, context: WireContext) -> TensorUpdate:
+        """Fresh float32 tensors in name order."""
+        shapes = in_name_order(context.shapes)
+        code, block, exponent, table, num_blocks, count = open_header("coefficients", HEADER, MAGIC, payload)
+        blocks, total = block_counts(shapes, self.block), sum(map(numel, shapes.values()))
+        width = np.dtype(WIRE[self.dtype]).itemsize
+        check("coefficients", "dtype code", code, DTYPE_CODES[self.dtype])
+        check("coefficients", "block", block, self.block)
+        check("coefficients", "table checksum", table, table_checksum(shapes))
+        check("coefficients", "number of blocks", num_blocks, sum(blocks))
+        check("coefficients", "number count", count, total)
+        check("coefficients", "length", len(payload), HEADER.size + 2 * sum(blocks) + width * total)
+        scales = np.frombuffer(payload, "<f2", num_blocks, HEADER.size)
+        numbers = np.frombuffer(payload, WIRE[self.dtype], total, HEADER.size + 2 * num_blocks)
+        check_finite("coefficients", "the steps", scales)
+        if (scales < 0).any() or (np.abs(numbers.astype(np.float64)) > LIMIT[self.dtype]).any():
+            raise WireError(f"coefficients: got numbers beyond {LIMIT[self.dtype]} or a negative step. It is altered.")
+        tensors, at, first = {}, 0, 0
+        for (name, shape), step_count in zip(shapes.items(), blocks, strict=True):
+            part, steps = numbers[at : at + numel(shape)], scales[first : first + step_count]
+            values = self._dequantize(part, steps, exponent)
+            check_finite("coefficients", f"tensor {name!r}", values)
+            tensors[name] = torch.from_numpy(values).reshape(shape)
+            at, first = at + part.size, first + step_count
+        return TensorUpdate(tensors)
+
+    def predict_bytes(self, update_numel: dict[str, int], num_pairs: int) -> int:
+        """Exact: 25 + 2 · blocks + width · n."""
+        blocks = sum(-(-count // self.block) for count in update_numel.values())
+        return HEADER.size + 2 * blocks + np.dtype(WIRE[self.dtype]).itemsize * sum(update_numel.values())
+
+
+METHOD = Coefficients

@@ -1,0 +1,1 @@
+"""What every part stands on: methods, registry, types, noise, random streams, errors."""

@@ -1,0 +1,306 @@
+"""The compiled loops behind `kernels`: every function numba compiles is here, since its cache watches one file only.
+
+`_spec` holds the constants; docs/wire.md says in words what the values are. Rules that keep the bits: no
+fast-math, and every sum in one fixed order. The inner loops run over 32 or 64 elements without a branch
+so that they become vector instructions.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from kilotune.core import _spec as spec
+
+BLOCK = 2048  # elements of noise generated at a time; no result depends on it
+
+_U1 = np.uint64(1)
+_S12, _S27, _S30, _S31, _S33, _S40, _S52 = (np.uint64(n) for n in (12, 27, 30, 31, 33, 40, 52))
+_GAMMA, _M1, _M2, _M3, _M4 = (np.uint64(n) for n in (spec.GAMMA, spec.M1, spec.M2, spec.M3, spec.M4))
+_FRACTION, _ONE_BITS = np.uint64(0x000FFFFFFFFFFFFF), np.uint64(0x3FF0000000000000)
+_TOP = np.uint32(0x80000000)
+_INDEX = (1 << 62) - 1  # tells the compiler that an index is not negative, without which loops stay scalar
+
+
+def _jit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile at first call, free of the interpreter lock, cached on disk where some folder is writable."""
+    options: dict[str, Any] = {"nogil": True, "fastmath": False, "error_model": "numpy"}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # neither the package's folder nor the user's cache folder can be written
+        return njit(**options)(function)
+
+
+# ---- noise ----------------------------------------------------------------------------------------
+
+
+@_jit
+def _word(k0, k1, j):  # type: ignore[no-untyped-def]
+    """Word j of the stream: a bijection of the counter, keyed before and between two finalisers."""
+    x = k0 + (j + _U1) * _GAMMA
+    x = (x ^ (x >> _S30)) * _M1
+    x = (x ^ (x >> _S27)) * _M2
+    x = (x ^ (x >> _S31)) ^ k1
+    x = (x ^ (x >> _S33)) * _M3
+    x = (x ^ (x >> _S33)) * _M4
+    return x ^ (x >> _S33)
+
+
+@_jit
+def _words(k0, k1, first, out):  # type: ignore[no-untyped-def]
+    for j in range(out.size):
+        out[j] = _word(k0, k1, np.uint64(first + j))
+
+
+@_jit
+def _fill_sign(k0, k1, start, out):  # type: ignore[no-untyped-def]
+    word = np.uint64(0)
+    for i in range(out.size):
+        element = start + i
+        if i == 0 or (element & 63) == 0:
+            word = _word(k0, k1, np.uint64(element >> 6))
+        out[i] = np.float32(1 - 2 * np.int64((word >> np.uint64(element & 63)) & _U1))
+
+
+@_jit
+def _fill_uniform(k0, k1, start, out):  # type: ignore[no-untyped-def]
+    for i in range(out.size):
+        n = np.int64(_word(k0, k1, np.uint64(start + i)) >> _S40)
+        out[i] = np.float32(2 * n + 1 - (1 << 24)) * np.float32(2.0**-24)
+
+
+@_jit
+def _poly7(r, c):  # type: ignore[no-untyped-def]
+    return ((((((c[7] * r + c[6]) * r + c[5]) * r + c[4]) * r + c[3]) * r + c[2]) * r + c[1]) * r + c[0]
+
+
+@_jit
+def _sqrt_minus_log(p, scratch):  # type: ignore[no-untyped-def]
+    """p <- sqrt(-ln p) in place for 0 < p < 1, from + - * / sqrt only, so that every machine agrees."""
+    bits = p.view(np.uint64)
+    for i in range(p.size):
+        exponent = np.int64(bits[i] >> _S52) - 1023
+        scratch[i] = (bits[i] & _FRACTION) | _ONE_BITS
+        p[i] = np.float64(exponent)
+    mantissa = scratch.view(np.float64)
+    for i in range(p.size):
+        m, e = mantissa[i], p[i]
+        high = m > spec.SQRT2
+        m, e = (m * 0.5 if high else m), (e + 1.0 if high else e)
+        s = (m - 1.0) / (m + 1.0)
+        z = s * s
+        t = spec.ATANH[10]
+        t = t * z + spec.ATANH[9]
+        t = t * z + spec.ATANH[8]
+        t = t * z + spec.ATANH[7]
+        t = t * z + spec.ATANH[6]
+        t = t * z + spec.ATANH[5]
+        t = t * z + spec.ATANH[4]
+        t = t * z + spec.ATANH[3]
+        t = t * z + spec.ATANH[2]
+        t = t * z + spec.ATANH[1]
+        t = t * z + spec.ATANH[0]
+        p[i] = math.sqrt(-(e * spec.LN2 + (2.0 * s) * t))
+
+
+@_jit
+def _fill_gaussian(k0, k1, start, out):  # type: ignore[no-untyped-def]
+    """The central formula for all, then the outer 15 % again, packed together so that they vectorise."""
+    q = np.empty(BLOCK, np.float64)
+    p = np.empty(BLOCK, np.float64)
+    scratch = np.empty(BLOCK, np.uint64)
+    where = np.empty(BLOCK + 1, np.uint32)  # unsigned: an index that needs no test for "from the end"
+    for base in range(0, out.size, BLOCK):
+        part = out[base : min(base + BLOCK, out.size)]
+        _words(k0, k1, start + base, scratch[: part.size])
+        for i in range(part.size):
+            n = np.int64(scratch[i] >> _S12)
+            q[i] = np.float64(2 * n + 1 - (1 << 52)) * 2.0**-53
+        for i in range(part.size):
+            r = 0.180625 - q[i] * q[i]
+            part[i] = np.float32(q[i] * _poly7(r, spec.CENTRAL_NUM) / _poly7(r, spec.CENTRAL_DEN))
+        count = 0
+        for i in range(part.size):
+            where[count] = i
+            count += abs(q[i]) > 0.425
+        for t in range(count):
+            p[t] = 0.5 - abs(q[where[t]])
+        _sqrt_minus_log(p[:count], scratch[:count])
+        for t in range(count):
+            r = p[t] - 1.6
+            near = _poly7(r, spec.TAIL_NUM) / _poly7(r, spec.TAIL_DEN)
+            p[t] = near if p[t] <= 5.0 else -p[t]
+        for t in range(count):
+            if p[t] < 0.0:
+                r = -p[t] - 5.0
+                p[t] = _poly7(r, spec.FAR_NUM) / _poly7(r, spec.FAR_DEN)
+            part[where[t]] = np.float32(p[t] if q[where[t]] > 0.0 else -p[t])
+
+
+@_jit
+def fill(law, k0, k1, start, out):  # type: ignore[no-untyped-def]
+    if law == spec.GAUSSIAN:
+        _fill_gaussian(k0, k1, start, out)
+    elif law == spec.UNIFORM:
+        _fill_uniform(k0, k1, start, out)
+    else:
+        _fill_sign(k0, k1, start, out)
+
+
+@_jit
+def _fill_unit(law, k0, k1, start, out):  # type: ignore[no-untyped-def]
+    fill(law, k0, k1, start, out)
+    if law == spec.UNIFORM:
+        for i in range(out.size):
+            out[i] = spec.SQRT3 * out[i]
+
+
+# ---- one chunk of signs ---------------------------------------------------------------------------
+
+
+@_jit
+def _add_signs(x, start, k0, k1, u, words):  # type: ignore[no-untyped-def]
+    """x[i] += s[start+i] * u[(start+i) mod u.size]; start and u.size are multiples of 64, u.size a power of two."""
+    full = x.size >> 6
+    _words(k0, k1, start >> 6, words[: (x.size + 63) >> 6])
+    bits = u.view(np.uint32)
+    for w in range(full):
+        offset = (start + 64 * w) & (u.size - 1) & _INDEX
+        for h in range(2):  # 32 elements at a time: signs and floats then have the same width
+            half = np.uint32((words[w] >> np.uint64(32 * h)) & np.uint64(0xFFFFFFFF))
+            i, j = 64 * w + 32 * h, offset + 32 * h
+            for b in range(32):
+                sign = np.uint32(np.uint32(half << np.uint32(31 - b)) & _TOP)
+                x[i + b] = x[i + b] + np.uint32(bits[j + b] ^ sign).view(np.float32)
+    for i in range(64 * full, x.size):
+        value = u[(start + i) & (u.size - 1)]
+        x[i] = x[i] + (-value if (words[full] >> np.uint64(i & 63)) & _U1 else value)
+
+
+@_jit
+def _sum_signs(g, start, k0, k1, total, words):  # type: ignore[no-untyped-def]
+    """total[(start+i) mod total.size] += s[start+i] * g[i] in float64, same limits as _add_signs."""
+    full = g.size >> 6
+    _words(k0, k1, start >> 6, words[: (g.size + 63) >> 6])
+    bits = g.view(np.uint32)
+    for w in range(full):
+        offset = (start + 64 * w) & (total.size - 1) & _INDEX
+        for h in range(2):
+            half = np.uint32((words[w] >> np.uint64(32 * h)) & np.uint64(0xFFFFFFFF))
+            i, j = 64 * w + 32 * h, offset + 32 * h
+            for b in range(32):
+                sign = np.uint32(np.uint32(half << np.uint32(31 - b)) & _TOP)
+                total[j + b] += np.float64(np.uint32(bits[i + b] ^ sign).view(np.float32))
+    for i in range(64 * full, g.size):
+        value = np.float64(g[i])
+        total[(start + i) & (total.size - 1)] += -value if (words[full] >> np.uint64(i & 63)) & _U1 else value
+
+
+@_jit
+def _sum_products(a, b, total):  # type: ignore[no-untyped-def]
+    """total[i mod 64] += a[i] * b[i]; the float64 product of two float32 numbers is exact."""
+    full = a.size >> 6
+    for w in range(full):
+        for lane in range(64):
+            total[lane] += np.float64(a[64 * w + lane]) * np.float64(b[64 * w + lane])
+    for i in range(64 * full, a.size):
+        total[i & 63] += np.float64(a[i]) * np.float64(b[i])
+
+
+# ---- spans of chunks: what one thread does in one go ----------------------------------------------
+
+
+@_jit
+def tiled_add(weight, out, copy, keys, us, first, last):  # type: ignore[no-untyped-def]
+    words = np.empty(spec.CHUNK >> 6, np.uint64)
+    for chunk in range(first, last):
+        start, stop = chunk * spec.CHUNK, min(chunk * spec.CHUNK + spec.CHUNK, out.size)
+        part, source = out[start:stop], weight[start:stop]
+        if copy:
+            for i in range(part.size):
+                part[i] = source[i]
+        for step in range(keys.shape[0]):
+            _add_signs(part, start, keys[step, 0], keys[step, 1], us[step], words)
+
+
+@_jit
+def tiled_project(g, keys, period, size, first, last):  # type: ignore[no-untyped-def]
+    words = np.empty(spec.CHUNK >> 6, np.uint64)
+    rows = np.zeros((last - first, period), np.float64)
+    for chunk in range(first, last):
+        stop = min((chunk + 1) * size, g.size)
+        for start in range(chunk * size, stop, spec.CHUNK):
+            _sum_signs(
+                g[start : min(start + spec.CHUNK, stop)], start, keys[0, 0], keys[0, 1], rows[chunk - first], words
+            )
+    return rows
+
+
+@_jit
+def seeds_add(weight, out, law, keys, coefs, first, last):  # type: ignore[no-untyped-def]
+    words = np.empty(BLOCK >> 6, np.uint64)
+    z = np.empty(BLOCK, np.float32)
+    u = np.empty(spec.LANES, np.float32)
+    for block in range(first, last):
+        start, stop = block * BLOCK, min(block * BLOCK + BLOCK, out.size)
+        part, source = out[start:stop], weight[start:stop]
+        total = np.zeros(part.size, np.float32)
+        for k in range(keys.shape[0]):
+            if law == spec.SIGN:
+                for lane in range(spec.LANES):
+                    u[lane] = coefs[k]
+                _add_signs(total, start, keys[k, 0], keys[k, 1], u, words)
+                continue
+            _fill_unit(law, keys[k, 0], keys[k, 1], start, z[: part.size])
+            for i in range(part.size):
+                total[i] = total[i] + coefs[k] * z[i]
+        for i in range(part.size):
+            total[i] = source[i] + total[i]
+        for i in range(part.size):  # apart, so that both loops vectorise when out is weight
+            part[i] = total[i]
+
+
+@_jit
+def seeds_project(g, law, keys, first, last):  # type: ignore[no-untyped-def]
+    words = np.empty(spec.CHUNK >> 6, np.uint64)
+    z = np.empty(BLOCK, np.float32)
+    rows = np.zeros((last - first, keys.shape[0]), np.float64)
+    for chunk in range(first, last):
+        begin, end = chunk * spec.CHUNK, min(chunk * spec.CHUNK + spec.CHUNK, g.size)
+        for k in range(keys.shape[0]):
+            lanes = np.zeros(spec.LANES, np.float64)
+            if law == spec.SIGN:
+                _sum_signs(g[begin:end], begin, keys[k, 0], keys[k, 1], lanes, words)
+            else:
+                for start in range(begin, end, BLOCK):
+                    size = min(BLOCK, end - start)
+                    _fill_unit(law, keys[k, 0], keys[k, 1], start, z[:size])
+                    _sum_products(z[:size], g[start : start + size], lanes)
+            for lane in range(spec.LANES):
+                rows[chunk - first, k] += lanes[lane]
+    return rows
+
+
+@_jit
+def squares(x, first, last):  # type: ignore[no-untyped-def]
+    rows = np.zeros((last - first, 1), np.float64)
+    for chunk in range(first, last):
+        lanes = np.zeros(spec.LANES, np.float64)
+        part = x[chunk * spec.CHUNK : min(chunk * spec.CHUNK + spec.CHUNK, x.size)]
+        _sum_products(part, part, lanes)
+        for lane in range(spec.LANES):
+            rows[chunk - first, 0] += lanes[lane]
+    return rows
+
+
+@_jit
+def fwht(a):  # type: ignore[no-untyped-def]
+    half = 1
+    while half < a.size:
+        for i in range(0, a.size, 2 * half):
+            for j in range(i, i + half):
+                x, y = a[j], a[j + half]
+                a[j], a[j + half] = x + y, x - y
+        half *= 2

@@ -1,0 +1,110 @@
+"""Trainable: what is changed while a model trains, and how one global change is undone, sent and replayed.
+
+A parametrization attaches to a model and returns a Trainable. Estimators push gradients into it, the
+engine's step lets the optimizer turn them into changes, rounds export them. *Wire tensors* are the
+numbers that are optimised and travel: the weights themselves (full), an adapter's factors (peft), or
+the coordinates of a basis (subspace).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor, nn
+
+from kilotune.core.types import SeedUpdate, TensorUpdate
+
+Sink = Callable[[str, Tensor], None]
+"""Takes (wire tensor name, its gradient); the gradient may be freed as soon as the call returns."""
+
+
+class Directions(Protocol):
+    """The part of the basis contract that a parametrization uses (see kilotune.basis.Basis)."""
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def scale(self) -> str: ...
+    @property
+    def one_pass(self) -> bool: ...
+    def coordinates(self, update: SeedUpdate) -> Tensor: ...
+    def direction(self, index: int) -> Tensor: ...
+    def add(self, weight: Tensor, name: str, steps: list[tuple[int, Tensor]], out: Tensor | None = None) -> Tensor: ...
+    def project(self, gradient: Tensor, name: str, root: int) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Direction:
+    """One direction to probe: an index into a basis, or the seed of fresh noise over the wire tensors."""
+
+    index: int
+
+
+class Trainable(ABC):
+    """Contract. Between `begin` and `rollback` the model moves; `rollback` restores it bit for bit."""
+
+    model: nn.Module
+    wire: dict[str, Tensor]
+
+    @property
+    @abstractmethod
+    def accumulates(self) -> bool:
+        """True when `pull` sums gradients of micro-batches itself (they need not pile up in `.grad`)."""
+
+    @abstractmethod
+    def sources(self) -> dict[str, nn.Parameter]:
+        """Model tensors whose gradients backprop must deliver, sorted by name."""
+
+    @abstractmethod
+    def pull(self, name: str, gradient: Tensor, sink: Sink) -> None:
+        """Take the gradient of one source; pass wire gradients on to the sink as soon as they are complete."""
+
+    def flush(self, sink: Sink) -> None:  # noqa: B027 - nothing is held back by default
+        """Pass on wire gradients that had to wait for all sources."""
+
+    @abstractmethod
+    def draw(self, rng: np.random.Generator) -> Direction:
+        """A random direction to probe."""
+
+    @abstractmethod
+    def perturbed(self, direction: Direction | None, epsilon: float) -> AbstractContextManager[None]:
+        """Inside, forward passes see the state moved by epsilon along the direction; stored weights do not change."""
+
+    @abstractmethod
+    def slope(self, direction: Direction, slope: float, sink: Sink) -> None:
+        """Push slope · z, the gradient estimate along one direction."""
+
+    @abstractmethod
+    def move(self, name: str, delta: Tensor) -> None:
+        """Add delta to a wire tensor and let the model follow."""
+
+    @abstractmethod
+    def begin(self, root: int, forward_only: bool = False) -> None:
+        """Start a round here: wire changes count from this state; `root` seeds the round's basis.
+
+        `forward_only` promises that no gradient will be pulled before the next `begin`, so that no copy
+        of the weights is needed where changes can be seen through an overlay instead.
+        """
+
+    @abstractmethod
+    def update(self) -> TensorUpdate:
+        """The change of the wire tensors since `begin`."""
+
+    @abstractmethod
+    def rollback(self) -> None:
+        """Back to the state at `begin`, bit for bit."""
+
+    @abstractmethod
+    def apply(self, changes: Iterable[tuple[str, Tensor]], root: int) -> None:
+        """Make a global change permanent. `changes` are (wire tensor, change) pairs; for a basis, its coordinates."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """The tensors that define the tuned model beyond its base (weights or adapter), sorted by name."""
+
+    @abstractmethod
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `state` returned elsewhere, as the state rounds count from."""

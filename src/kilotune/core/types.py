@@ -1,0 +1,61 @@
+"""The values that travel between parts: batches, updates, examples."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+State = dict[str, Tensor]
+"""What a method remembers between calls. The engine owns it, passes it in and saves it."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A padded batch; labels are already aligned with input_ids (-100 where no loss)."""
+
+    input_ids: Tensor  # (B, T) int64
+    labels: Tensor  # (B, T) int64
+    attention_mask: Tensor  # (B, T) int64
+
+    @property
+    def num_labels(self) -> int:
+        """Tokens that carry loss (the first position of a row never does)."""
+        return int((self.labels[:, 1:] != -100).sum())
+
+
+@dataclass(frozen=True)
+class TensorUpdate:
+    """A change (after - before) of named float32 tensors: weights, adapters or coordinates of a basis."""
+
+    tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class SeedUpdate:
+    """A change written as n (direction, coefficient) pairs of a public basis; directions may repeat.
+
+    `groups` is None, or names for each pair the group of tensors it acts on (Ferret).
+    """
+
+    indices: np.ndarray  # (n,) int64
+    coefs: np.ndarray  # (n,) float32, the amount by which the weights move along the direction
+    groups: np.ndarray | None = None  # (n,) int64
+
+
+Update = TensorUpdate | SeedUpdate
+
+
+@dataclass(frozen=True)
+class WireContext:
+    """What both ends of the wire know without sending it.
+
+    `root` seeds the round's public noise; `shapes` lists the trainable tensors in model order;
+    `size` is the number of directions of the basis (0 when there is none); `rng` is the sender's
+    private generator (absent when decoding).
+    """
+
+    round: int
+    root: int
+    shapes: dict[str, tuple[int, ...]]
+    size: int = 0
+    rng: np.random.Generator | None = field(default=None, compare=False)

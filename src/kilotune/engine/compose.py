@@ -1,0 +1,331 @@
+"""Compose: a recipe file and overrides become a Plan of validated parts, or one error that lists every mistake."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from kilotune.aggregation import Aggregation
+from kilotune.basis import Basis
+from kilotune.codec import Codec
+from kilotune.core.errors import IncompatibleError, RecipeError
+from kilotune.core.method import Method
+from kilotune.core.registry import find, names, nearest
+from kilotune.core.rng import derive
+from kilotune.engine.recipe import FEDERATED_ONLY, PARTS, SECTIONS, ClientGroup, Recipe, Spec
+from kilotune.estimator import Estimator
+from kilotune.optimizer import Optimizer
+from kilotune.parametrization import Parametrization
+from kilotune.partition import Partition
+from kilotune.schedule import Schedule
+
+Mode = Literal["federate", "tune"]
+
+PRIVATE = ("title", "source", "rounds", "steps", "threads", "deadline_s", "min_clients", "patience", "evaluation")
+"""Keys that the two ends of a federation may hold differently; they are no part of the recipe id."""
+CODECS = ("uplink", "downlink")
+PRIVATE_DATA = ("path", "eval_path", "limit")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A composed recipe: the values and the parts built from them."""
+
+    recipe: Recipe
+    parametrization: Parametrization
+    basis: Basis | None
+    estimator: Estimator
+    optimizer: Optimizer
+    uplink: Codec
+    downlink: Codec
+    aggregation: Aggregation
+    server_optimizer: Optimizer
+    schedule: Schedule
+    partition: Partition | None
+
+    @cached_property
+    def id(self) -> str:
+        """16 hex digits over everything both ends must share."""
+        content = {k: v for k, v in self.resolved().items() if k not in PRIVATE}
+        content["data"] = {k: v for k, v in content["data"].items() if k not in PRIVATE_DATA}
+        content.pop("partition")
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def resolved(self) -> dict[str, Any]:
+        """Every value of the recipe, defaults included, as plain JSON data."""
+        content = self.recipe.model_dump(mode="json")
+        for key in PARTS:
+            part = getattr(self, key)
+            content[key] = None if part is None else {"name": part.method_name(), **part.model_dump(mode="json")}
+        if self.recipe.steps:
+            unused = FEDERATED_ONLY if self.parametrization.uses_basis else (*FEDERATED_ONLY, *CODECS)
+            content |= dict.fromkeys(key for key in unused if key in PARTS)
+        return content
+
+    def root(self, round: int) -> int:
+        """The seed of the round's public noise, known to everyone who knows the recipe."""
+        fresh = self.basis is None or self.basis.refresh == "round"
+        return derive(self.recipe.seed, "root", round if fresh else 0)
+
+    def group_of(self, client: str, roster: list[str]) -> int:
+        """Index into recipe.clients for this client, or -1: groups take the clients in order of name."""
+        start = 0.0
+        position = (sorted(roster).index(client) + 0.5) / len(roster)
+        for index, group in enumerate(self.recipe.clients):
+            start += group.share
+            if position < start:
+                return index
+        return -1
+
+    def for_group(self, index: int) -> "Plan":
+        """The plan as clients of one group follow it."""
+        if index < 0:
+            return self
+        return build(_with_group(self.resolved(), self.recipe.clients[index]), "federate")
+
+    @property
+    def num_directions(self) -> int:
+        """Directions that pairs may index: the basis' size, or the projection codec's own number of seeds."""
+        return self.basis.size if self.basis is not None else int(getattr(self.uplink, "num_seeds", 0))
+
+
+def shipped() -> list[str]:
+    """Names of the recipes that come with kilotune."""
+    return sorted(p.name[:-5] for p in files("kilotune.recipes").iterdir() if p.name.endswith(".yaml"))
+
+
+def read(recipe: str | Path) -> dict[str, Any]:
+    """The mapping in a recipe file, or in the shipped recipe of that name."""
+    path = Path(recipe)
+    if path.is_file():
+        text = path.read_text(encoding="utf-8")
+    elif str(recipe) in shipped():
+        text = files("kilotune.recipes").joinpath(f"{recipe}.yaml").read_text(encoding="utf-8")
+    else:
+        raise RecipeError(
+            f"recipe: got {str(recipe)!r}, expected a file or one of {', '.join(shipped())}."
+            f"{nearest(str(recipe), shipped())}"
+        )
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{recipe}:{mark.line + 1}" if mark else str(recipe)
+        raise RecipeError(f"{place}: not YAML: {getattr(error, 'problem', error)}.") from None
+    if not isinstance(content, dict):
+        raise RecipeError(f"{recipe}: got {type(content).__name__}, expected a mapping of keys to values.")
+    return content
+
+
+def override(content: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
+    """The recipe with `section.key=value` assignments applied; values are YAML."""
+    problems = []
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key:
+            problems.append(f"--set {assignment}: expected KEY=VALUE, e.g. optimizer.lr=1e-3.")
+            continue
+        *path, last = key.split(".")
+        target = content
+        for depth, part in enumerate(path):
+            inner = target.get(part)
+            if isinstance(inner, str) and depth == 0 and part in PARTS:
+                inner = {"name": inner}
+            if inner is None:
+                inner = {}
+            if not isinstance(inner, dict):
+                problems.append(f"--set {assignment}: {'.'.join(path[: depth + 1])} is a value, not a section.")
+                break
+            target[part] = dict(inner)
+            target = target[part]
+        else:
+            target[last] = yaml.safe_load(text) if text else None
+    if problems:
+        raise RecipeError(*problems)
+    return content
+
+
+def compose(recipe: str | Path, mode: Mode, assignments: list[str] | None = None) -> Plan:
+    """Read, override, validate and build. Raises RecipeError with every mistake, one line each."""
+    return build(override(read(recipe), assignments or []), mode)
+
+
+def build(content: dict[str, Any], mode: Mode) -> Plan:
+    """A Plan from plain data."""
+    problems: list[str] = []
+    content = {k: v for k, v in content.items() if v is not None}
+    for key in PARTS:
+        if isinstance(content.get(key), str):
+            content[key] = {"name": content[key]}
+    recipe = _recipe(content, problems)
+    parts = _parts(content, mode, problems)
+    if recipe is not None:
+        problems += _mode_problems(recipe, mode, parts["parametrization"])
+    if problems or recipe is None:
+        raise RecipeError(*problems)
+    plan = Plan(recipe=recipe, **parts)
+    clashes = _clashes(plan)
+    for group in recipe.clients:
+        follower = _with_group(plan.resolved(), group)
+        clashes += _clashes(build({**follower, "clients": ()}, mode))
+    if clashes:
+        raise IncompatibleError(*dict.fromkeys(clashes))
+    return plan
+
+
+def _with_group(content: dict[str, Any], group: ClientGroup) -> dict[str, Any]:
+    changes = {k: getattr(group, k) for k in ("estimator", "optimizer", "local_steps")}
+    return {**content, **{k: v for k, v in changes.items() if v is not None}, "clients": ()}
+
+
+def _recipe(content: dict[str, Any], problems: list[str]) -> Recipe | None:
+    unknown = [key for key in content if key not in Recipe.model_fields]
+    problems += [f"{key}: no such key.{nearest(str(key), list(Recipe.model_fields))}" for key in unknown]
+    known = {key: value for key, value in content.items() if key in Recipe.model_fields}
+    specs = {k: v for k, v in known.items() if k in PARTS}
+    for key, value in specs.items():
+        if not isinstance(value, dict):
+            problems.append(f"{key}: got {value!r}, expected a name or a mapping with one.")
+            known.pop(key)
+    try:
+        return Recipe.model_validate(known)
+    except ValidationError as error:
+        problems += describe("", error, Recipe)
+        return None
+
+
+def _defaults(content: dict[str, Any], mode: Mode) -> dict[str, Spec | None]:
+    """What an absent part means; docs/recipes.md lists this table."""
+    name = (content.get("parametrization") or {}).get("name", "subspace")
+    coefficients = name == "subspace"
+    return {
+        "parametrization": {"name": "subspace"},
+        "basis": {"name": "tiled"} if coefficients else None,
+        "estimator": {"name": "backprop"},
+        "optimizer": {"name": "adamw", "lr": 2e-2 if coefficients else 1e-3},
+        "uplink": {"name": "coefficients", "dtype": "int8"} if coefficients else {"name": "dense", "dtype": "fp16"},
+        "downlink": {"name": "coefficients", "dtype": "int16"} if coefficients else {"name": "dense", "dtype": "fp16"},
+        "aggregation": {"name": "mean"},
+        "server_optimizer": {"name": "sgd", "lr": 1.0},
+        "schedule": {"name": "all"},
+        "partition": None,
+    }
+
+
+def _parts(content: dict[str, Any], mode: Mode, problems: list[str]) -> dict[str, Any]:
+    defaults = _defaults(content, mode)
+    parts: dict[str, Any] = {}
+    for key, kind in PARTS.items():
+        spec = content.get(key, defaults[key])
+        parts[key] = None
+        if isinstance(spec, dict):
+            try:
+                parts[key] = method(kind, spec, key)
+            except RecipeError as error:
+                problems += error.problems
+    if isinstance(content.get("basis"), dict) and parts["parametrization"] and not parts["parametrization"].uses_basis:
+        problems.append(
+            f"basis: has no effect with parametrization {parts['parametrization'].method_name()!r}. "
+            "Remove it, or use parametrization: subspace."
+        )
+    return parts
+
+
+def method(kind: str, spec: Spec, where: str) -> Method:
+    """One part from its mapping. Raises RecipeError with every mistake in it."""
+    values = dict(spec)
+    name = values.pop("name", None)
+    if not isinstance(name, str):
+        raise RecipeError(f"{where}.name: missing, expected one of {', '.join(names(kind))}.")
+    cls = find(kind, name, f"{where}.name")
+    try:
+        return cast(Method, cls.model_validate(values))
+    except ValidationError as error:
+        raise RecipeError(*describe(where, error, cls)) from None
+
+
+def describe(where: str, error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """pydantic's findings in our one form: place, value, constraint, nearest name."""
+    lines = []
+    for item in error.errors(include_url=False):
+        path = [str(part) for part in item["loc"]]
+        place = ".".join([where, *path] if where else path)
+        owner = SECTIONS.get(path[0], model) if len(path) > 1 else model
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{place}: no such key.{nearest(path[-1], list(owner.model_fields))}")
+        elif item["type"] == "missing":
+            lines.append(f"{place}: missing.")
+        else:
+            wanted = item["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+            lines.append(f"{place}: got {item['input']!r}, expected {wanted}.")
+    return lines
+
+
+def _mode_problems(recipe: Recipe, mode: Mode, parametrization: Parametrization | None) -> list[str]:
+    if mode == "federate":
+        problems = [] if recipe.rounds else ["rounds: missing. Say how many, e.g. --set rounds=10."]
+        if recipe.steps:
+            problems.append("steps: has no effect in a federation. Use rounds and local_steps.")
+        return problems
+    problems = [] if recipe.steps else ["steps: missing. Say how many optimizer steps, e.g. --set steps=100."]
+    if recipe.rounds:
+        problems.append("rounds: has no effect when one machine tunes alone. Use steps, or `kilotune federate`.")
+    alone = FEDERATED_ONLY
+    if parametrization is not None and not parametrization.uses_basis:
+        alone = (*FEDERATED_ONLY, *CODECS)
+    problems += [
+        f"{key}: has no effect when one machine tunes alone. Remove it, or use `kilotune federate`."
+        for key in alone
+        if getattr(recipe, key)
+    ]
+    return problems
+
+
+def _clashes(plan: Plan) -> list[str]:
+    """Pairs of parts that do not fit, each with a pair that does."""
+    problems = []
+    up, down, estimator = plan.uplink.method_name(), plan.downlink.method_name(), plan.estimator.method_name()
+    given = plan.estimator.gives | plan.parametrization.gives | (plan.basis.gives if plan.basis else frozenset())
+    if plan.uplink.takes == "seeds" and "seed_log" not in given:
+        problems.append(
+            f"uplink {up!r} needs 'seed_log', but estimator {estimator!r} does not give it. "
+            "Use estimator: zeroth_order, or uplink: coefficients."
+        )
+    if plan.uplink.takes == "seeds" and plan.basis is None:
+        problems.append(f"uplink {up!r} needs a basis. Use parametrization: subspace, or uplink: dense.")
+    if plan.uplink.takes == "seeds" and (
+        plan.optimizer.method_name() != "sgd" or getattr(plan.optimizer, "momentum", 0)
+    ):
+        problems.append(
+            f"uplink {up!r} sends one scalar per direction, which optimizer {plan.optimizer.method_name()!r} "
+            "with its memory cannot be replayed from. Use optimizer: {name: sgd, momentum: 0}, or uplink: coefficients."
+        )
+    if up == "coefficients" and plan.basis is None:
+        problems.append("uplink 'coefficients' needs a basis. Use parametrization: subspace, or uplink: dense.")
+    if up == "projection" and plan.parametrization.method_name() != "full":
+        problems.append("uplink 'projection' projects whole weights. Use parametrization: full, or uplink: dense.")
+    pairs = plan.uplink.takes == "seeds" or up == "projection"
+    if pairs != (plan.aggregation.takes == "seeds"):
+        good = "seed_sum" if pairs else "mean"
+        problems.append(
+            f"aggregation {plan.aggregation.method_name()!r} cannot combine what uplink {up!r} sends. "
+            f"Use aggregation: {good}."
+        )
+    if pairs and down not in (("projection",) if up == "projection" else ("seed_scalar", "coefficients")):
+        problems.append(f"downlink {down!r} cannot send what uplink {up!r} brings. Use downlink: {up}.")
+    if not pairs and down in ("seed_scalar", "projection"):
+        problems.append(f"downlink {down!r} needs pairs, but uplink {up!r} brings tensors. Use downlink: {up}.")
+    if plan.optimizer.lr == "auto" and "curvature" not in plan.estimator.gives:
+        problems.append(
+            f"optimizer.lr: auto needs 'curvature', which estimator {estimator!r} does not measure. "
+            "Give a number, or use estimator: zeroth_order."
+        )
+    if plan.server_optimizer.lr == "auto":
+        problems.append("server_optimizer.lr: got 'auto', expected a number > 0; 1.0 takes the mean as it is.")
+    return problems

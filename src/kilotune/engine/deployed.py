@@ -1,0 +1,102 @@
+"""Deployed: the same rounds with clients in other processes and on other machines, over Flower with TLS."""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from kilotune.core.errors import DataError, FederationError
+from kilotune.engine.compose import Plan
+from kilotune.engine.data import load_rows
+from kilotune.engine.federation import Federation
+from kilotune.engine.flower.client import serve as stay
+from kilotune.engine.flower.keys import load_server_keys, read_join_file
+from kilotune.engine.flower.server import start_server
+from kilotune.engine.ledger import Ledger
+from kilotune.engine.replica import Replica
+from kilotune.engine.runfolder import RunFolder
+from kilotune.engine.session import Emit, encode_rows, evaluator, finish, header, open_base, recording, spread
+from kilotune.engine.worker import Worker, peak_rss
+
+PATIENCE_S = 24 * 3600.0
+
+
+def serve(plan: Plan, keys_folder: Path, output: Path, wait_for: int, emit: Emit) -> dict[str, Any]:
+    """Lead a federation until its rounds are done; returns the summary. Quality is measured by the clients."""
+    started = time.monotonic()
+    keys = load_server_keys(keys_folder)
+    run = RunFolder(output)
+    with run.locked():
+        emit = recording(run, emit)
+        exchange = start_server(keys, keys.host, keys.port, lambda text: emit({"event": "status", "text": text}))
+        try:
+            base = open_base(plan, emit)
+            ledger = Ledger.open(output, header(plan, base))
+            run.write_recipe(plan)
+            replica = Replica(base, plan)
+            wanted = wait_for or len(keys.clients)
+            emit({"event": "status", "text": f"listening on {exchange.address}, waiting for {wanted} clients"})
+            present = exchange.wait_for(wanted, PATIENCE_S)
+            if len(present) < wanted:
+                raise FederationError(f"{len(present)} of {wanted} clients joined. Start the others and run this again.")
+            federation = Federation(plan, replica, ledger, exchange, output, emit)
+            reports = federation.run()
+            _require_equal(federation)
+            seconds = time.monotonic() - started
+            return finish(run, plan, federation, reports, len(present), seconds, {"socket": _socket(federation)})
+        finally:
+            exchange.close()
+
+
+def _require_equal(federation: Federation) -> None:
+    """Every client that finished holds the weights this server holds."""
+    ours = federation.replica.digest()
+    other = {c: d for c, d in federation.tally.client_digests.items() if d != ours}
+    if other:
+        raise FederationError(
+            f"clients {', '.join(sorted(other))} end with other weights than the server ({ours[:16]}). "
+            "Their base or their kilotune differs; run `kilotune doctor` on both ends."
+        )
+
+
+def _socket(federation: Federation) -> dict[str, dict[str, int]]:
+    """Bytes that crossed each client's socket, framing and TLS included, idle traffic apart."""
+    return {client: asdict(traffic) for client, traffic in sorted((federation.exchange.traffic() or {}).items())}
+
+
+def join(
+    plan: Plan, join_path: Path, only: str | None, output: Path, wait_s: float, emit: Emit
+) -> dict[str, Any]:
+    """Take part with this machine's rows until the server says finish; returns what this client holds then."""
+    invitation = read_join_file(join_path)
+    run = RunFolder(output)
+    with run.locked():
+        emit = recording(run, emit)
+        rows = load_rows(plan.recipe.data.path)
+        rows = [row for row in rows if only is None or row.client == only]
+        if not any(row.split == "train" for row in rows):
+            raise DataError(f"{plan.recipe.data.path}: no training rows" + (f" with client = {only!r}." if only else "."))
+        held_out = spread([r for r in rows if r.split != "train"], plan.recipe.evaluation.limit, plan.recipe.seed)
+        base = open_base(plan, emit)
+        replica = Replica(base, plan)
+        train = [row for row in rows if row.split == "train"][: plan.recipe.data.limit]
+        worker = Worker(
+            invitation.client,
+            replica,
+            header(plan, base).hash,
+            encode_rows(plan, base, train, "training", emit),
+            encode_rows(plan, base, held_out, "evaluation", emit),
+            evaluator(plan, emit),
+            output,
+            keeps_rounds=True,
+            progress=lambda line: emit({"event": "progress", "what": line}),
+        )
+        emit({"event": "status", "text": f"client {invitation.client}: {len(train)} rows, joining {invitation.server}"})
+        stay(invitation, worker.handle, wait_s, lambda text: emit({"event": "status", "text": text}))
+        return {
+            "client": invitation.client,
+            "rounds": worker.round,
+            "digest": replica.digest(),
+            "ledger_head": worker.head,
+            "peak_rss_bytes": peak_rss(),
+        }

@@ -1,0 +1,171 @@
+"""The client's side of a deployed federation: one resident loop. No code from the server is ever run.
+
+It joins, waits for requests, calls the handler (which keeps its model between calls) and answers, until the server
+says finish or `stop` is set. A server that goes away is waited for; one that was restarted is joined again.
+"""
+
+import contextlib
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from flwr.app import Message
+
+from kilotune.core.errors import FederationError, WireError
+from kilotune.engine.flower.fleet import Away, FleetLink, Forgotten, Refused
+from kilotune.engine.flower.keys import JoinFile
+from kilotune.engine.flower.local import safely
+from kilotune.engine.flower.messages import Handler, Reply, Request, decode_request, encode_reply
+
+HEARTBEAT_S = 20.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 2.0
+PUSH_TRIES = 6
+T = TypeVar("T")
+
+
+def serve(
+    join: JoinFile,
+    handler: Handler,
+    wait_s: float = 60.0,
+    on_event: Callable[[str], None] = lambda text: None,
+    stop: threading.Event | None = None,
+) -> None:
+    """Take part until the server says finish. `wait_s` is how long to look for a server at the start."""
+    stop = stop or threading.Event()
+    loop = _Loop(FleetLink(join), join, handler, on_event, stop)
+    try:
+        loop.run(time.monotonic() + wait_s, wait_s)
+    except Refused as error:
+        raise FederationError(str(error)) from None
+    finally:
+        loop.link.leave()
+
+
+class _Loop:
+    """The state of one resident client."""
+
+    def __init__(
+        self, link: FleetLink, join: JoinFile, handler: Handler, on_event: Callable[[str], None], stop: threading.Event
+    ) -> None:
+        self.link = link
+        self._join, self._handler, self._on_event, self._stop = join, handler, on_event, stop
+        self._last: tuple[Request, Reply] | None = None
+
+    def run(self, until: float, wait_s: float) -> None:
+        """Join, work, and join again until finished or stopped."""
+        pause, joined, told = FIRST_PAUSE_S, False, False
+        while not self._stop.is_set():
+            try:
+                self._interruptible(self.link.activate)
+                if self._stop.is_set():
+                    return
+                self._on_event(f"joined the federation at {self._join.server} as {self._join.client}")
+                joined, told, pause = True, False, FIRST_PAUSE_S
+                if self._work():
+                    return
+            except Forgotten:
+                self._on_event(f"server {self._join.server} was restarted; joining again")
+            except Away as error:
+                if not joined and time.monotonic() > until:
+                    raise FederationError(
+                        f"server {self._join.server} did not answer within {wait_s:g} s ({error}). "
+                        "Start it, check the address, or wait longer with --wait."
+                    ) from None
+                if not told:
+                    self._on_event(f"server {self._join.server} is away ({error}); trying again")
+                    told = True
+                self._stop.wait(pause * random.Random().uniform(0.8, 1.2))  # or all clients would come at once
+                pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    def _work(self) -> bool:
+        """Answer requests; True after finish."""
+        pause = FIRST_PAUSE_S
+        while not self._stop.is_set():
+            asked = time.monotonic()
+            message = self._interruptible(self.link.pull)
+            if message is not None:
+                pause = FIRST_PAUSE_S
+                if self._answer(message):
+                    return True
+            elif time.monotonic() - asked < pause:  # a SuperLink that does not hold polls
+                self._stop.wait(pause)
+                pause = min(2 * pause, LONGEST_PAUSE_S)
+        return False
+
+    def _answer(self, message: Message) -> bool:
+        try:
+            request = decode_request(message)
+        except WireError as error:
+            self._push(encode_reply(Reply(error=f"request not understood: {error}"), message))
+            return False
+        if self._last is not None and self._last[0] == request and request.kind == "train":
+            # The server lost the first answer. Training again would move the client's own state twice.
+            self._on_event("asked again; sending the same answer")
+            reply = self._last[1]
+        else:
+            with self._beating():
+                reply = safely(self._handler, request)
+            self._last = (request, reply) if reply.error is None else None
+        self._push(_encode(reply, message))
+        return request.kind == "finish" and reply.error is None
+
+    def _push(self, reply: Message) -> None:
+        pause = FIRST_PAUSE_S
+        for attempt in range(PUSH_TRIES):
+            try:
+                self._interruptible(lambda: self.link.push(reply))
+                return
+            except Away:
+                if attempt + 1 == PUSH_TRIES or self._stop.wait(pause):
+                    raise
+                pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    @contextlib.contextmanager
+    def _beating(self) -> Iterator[None]:
+        """Send heartbeats while the handler works; what they meet is met again by the answer."""
+        done = threading.Event()
+
+        def beat() -> None:
+            while not done.wait(HEARTBEAT_S):
+                with contextlib.suppress(Away, Refused, Forgotten):
+                    self.link.heartbeat()
+
+        thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()  # or it would open a second connection beside the answer's
+
+    def _interruptible(self, call: Callable[[], T]) -> T | None:
+        """Run a blocking call in a thread, so that `stop` and Ctrl-C are heard within 0.1 s; None when stopped."""
+        box: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+
+        def run() -> None:
+            try:
+                box.put((call(), None))
+            except BaseException as error:
+                box.put((None, error))
+
+        threading.Thread(target=run, name="fleet call", daemon=True).start()
+        while True:
+            try:
+                value, error = box.get(timeout=0.1)
+            except queue.Empty:
+                if self._stop.is_set():
+                    return None
+                continue
+            if error is not None:
+                raise error
+            return value
+
+
+def _encode(reply: Reply, message: Message) -> Message:
+    try:
+        return encode_reply(reply, message)
+    except WireError as error:
+        return encode_reply(Reply(error=f"reply cannot be sent: {error}"), message)

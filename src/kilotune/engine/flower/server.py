@@ -1,0 +1,136 @@
+"""The server's side of a deployed federation: one SuperLink, and the Exchange over it."""
+
+import errno
+import queue
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from kilotune.core.errors import FederationError, WireError
+from kilotune.engine.flower.keys import ServerKeys, address
+from kilotune.engine.flower.messages import Reply, Request, decode_reply
+from kilotune.engine.flower.traffic import Traffic, listen
+
+if TYPE_CHECKING:
+    from kilotune.engine.flower.superlink import SuperLink
+
+GRACE_S = 30.0  # without a deadline, how long a client may be away before its answer is given up
+TICK_S = 0.5
+
+
+def start_server(
+    keys: ServerKeys, host: str, port: int, on_event: Callable[[str], None] = lambda text: None
+) -> "SuperLinkExchange":
+    """Listen on host:port (port 0 takes a free one) and return once clients can join."""
+    listener = _listen(host, port)  # before flwr is imported, which takes seconds
+    if not keys.clients:
+        listener.close()
+        raise FederationError(f"{keys.folder}: no client is enrolled. Add some with: kilotune server init.")
+    from kilotune.engine.flower.superlink import SuperLink
+
+    link = SuperLink(keys, listener)
+    link.start()
+    return SuperLinkExchange(link, address(host, listener.getsockname()[1]), on_event)
+
+
+class SuperLinkExchange:
+    """An Exchange with clients in other processes. One exchange at a time."""
+
+    def __init__(self, link: "SuperLink", where: str, on_event: Callable[[str], None]) -> None:
+        self.address = where
+        self._link, self._on_event = link, on_event
+
+    def roster(self) -> list[str]:
+        """Clients that are connected now."""
+        return sorted(self._link.online())
+
+    def wait_for(self, count: int, timeout_s: float) -> list[str]:
+        """Return the roster as soon as it holds `count` clients, or after the timeout as it is."""
+        end = time.monotonic() + timeout_s
+        while len(self.roster()) < count and (left := end - time.monotonic()) > 0:
+            self._next(min(left, TICK_S))
+        return self.roster()
+
+    def exchange(self, requests: dict[str, Request], deadline_s: float | None = None) -> Iterator[tuple[str, Reply]]:
+        """Send now; replies come from the iterator. A client that comes back in time is asked again."""
+        unknown = sorted(set(requests) - set(self._link.nodes))
+        if unknown:
+            raise FederationError(f"exchange: {', '.join(unknown)} not enrolled. Add with: kilotune server init.")
+        end = None if deadline_s is None else time.monotonic() + deadline_s
+        joins = dict(self._link.joins)
+        sent = {name: self._link.send(name, requests[name]) for name in sorted(requests)}
+        return self._replies(requests, sent, joins, end)
+
+    def traffic(self) -> dict[str, Traffic] | None:
+        """Bytes on each client's socket since this server started."""
+        return self._link.meter.totals()
+
+    def close(self) -> None:
+        """Stop listening. Clients keep trying until a server answers at this address again."""
+        self._link.stop()
+
+    def _replies(
+        self, requests: dict[str, Request], sent: dict[str, str | None], joins: dict[str, int], end: float | None
+    ) -> Iterator[tuple[str, Reply]]:
+        seen = dict.fromkeys(sent, time.monotonic())
+        try:
+            while sent and (left := TICK_S if end is None else end - time.monotonic()) > 0:
+                what, name = self._next(min(left, TICK_S))
+                if what == "replied" and name in sent:
+                    yield from self._take(name, sent)
+                elif what == "joined" and name in sent and self._lost(name, sent[name], joins):
+                    self._link.withdraw(name)
+                    sent[name] = self._link.send(name, requests[name])
+                if end is None:
+                    self._give_up(sent, seen)
+        finally:
+            for name in sent:
+                self._link.withdraw(name)
+            self._link.grid.tidy()
+
+    def _lost(self, name: str, message_id: str | None, joins: dict[str, int]) -> bool:
+        """Whether a client has joined anew since it fetched its request, or could not be sent one before."""
+        again, joins[name] = self._link.joins[name] > joins[name], self._link.joins[name]
+        return message_id is None or (again and self._link.delivered(name))
+
+    def _take(self, name: str, sent: dict[str, str | None]) -> Iterator[tuple[str, Reply]]:
+        message_id = sent[name]
+        for message in self._link.grid.pull_messages([message_id] if message_id else []):
+            del sent[name]
+            self._link.withdraw(name)
+            try:
+                reply = decode_reply(message)
+            except WireError as error:
+                reply = Reply(error=f"reply not understood: {error}")
+            yield name, reply
+
+    def _give_up(self, sent: dict[str, str | None], seen: dict[str, float]) -> None:
+        now, online = time.monotonic(), self._link.online()
+        for name in list(sent):
+            if name in online:
+                seen[name] = now
+            elif now - seen[name] > GRACE_S:
+                del sent[name]
+                self._link.withdraw(name)
+                self._on_event(f"{name} has been away for {GRACE_S:g} s; going on without it")
+
+    def _next(self, timeout_s: float) -> tuple[str, str]:
+        """The next event, told to the listener; ("", "") when nothing happened."""
+        try:
+            what, name = self._link.events.get(timeout=timeout_s)
+        except queue.Empty:
+            return "", ""
+        if what != "replied":
+            self._on_event(f"{name} {what}")
+        return what, name
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return listen(host, port)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise FederationError(f"port {port} on {host} is taken. Choose another with --port.") from None
+        reason = error.strerror or error
+        raise FederationError(f"cannot listen on {address(host, port)}: {reason}. Choose another with --host.") from None

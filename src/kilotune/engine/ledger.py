@@ -1,0 +1,172 @@
+"""Ledger: the global state as a list of rounds, append-only and chained by hash. Replay is the only way to a model.
+
+A run folder holds `ledger.jsonl` (a header, then one record per round) and `payloads/00001.bin` ... (what every
+receiver decodes and applies). A record's hash covers the previous hash, the round, its root, the payload and who
+took part, so no round can be changed, dropped, re-ordered or borrowed from another run unseen.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kilotune.core.errors import RunError, WireError
+from kilotune.engine.files import append_line, write_bytes
+
+FORMAT = 1
+LEDGER = "ledger.jsonl"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the rounds build on. Two runs with equal headers and payloads hold equal weights."""
+
+    base: str
+    base_digest: str
+    recipe_id: str
+    noise_spec: int
+    recipe: dict[str, Any]
+    format: int = FORMAT
+
+    @property
+    def hash(self) -> str:
+        """Start of the chain. The base's name and the private keys of the recipe are not part of it."""
+        content = {"base": self.base_digest, "recipe": self.recipe_id, "noise": self.noise_spec, "format": self.format}
+        return hashlib.sha256(b"kilotune-ledger" + canonical(content)).hexdigest()
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """One client's part in a round."""
+
+    client: str
+    num_examples: int
+    weight: float
+    payload_sha256: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """One round."""
+
+    round: int
+    root: int
+    payload_sha256: str
+    contributions: tuple[Contribution, ...]
+    previous: str
+    hash: str
+
+    @property
+    def members(self) -> bytes:
+        """32 bytes that stand for who took part, with what and with which weight."""
+        return hashlib.sha256(canonical([asdict(c) for c in self.contributions])).digest()
+
+
+def canonical(content: Any) -> bytes:
+    """JSON with sorted keys and no spaces: equal content, equal bytes."""
+    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+
+
+def link(previous: str, round: int, root: int, members: bytes, payload: bytes) -> str:
+    """The hash of a round: what a client recomputes from what it received."""
+    parts = bytes.fromhex(previous) + round.to_bytes(4, "little") + root.to_bytes(8, "little") + members
+    return hashlib.sha256(parts + hashlib.sha256(payload).digest()).hexdigest()
+
+
+class Ledger:
+    """The rounds of one run, in memory and, with a folder, on disk. `append` is atomic: a cut line is no round."""
+
+    def __init__(self, header: Header, folder: Path | None = None) -> None:
+        self.header = header
+        self.folder = folder
+        self.records: list[Record] = []
+        self._payloads: list[bytes] = []
+
+    @property
+    def head(self) -> str:
+        return self.records[-1].hash if self.records else self.header.hash
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @classmethod
+    def open(cls, folder: Path, header: Header) -> "Ledger":
+        """Continue the folder's ledger, or start it. Raises RunError when it belongs to something else."""
+        if not (folder / LEDGER).exists():
+            ledger = cls(header, folder)
+            append_line(folder / LEDGER, canonical(asdict(header)))
+            return ledger
+        ledger = cls.load(folder)
+        if ledger.header.base_digest != header.base_digest:
+            raise RunError(
+                f"{folder}: this run stands on base {ledger.header.base_digest[:16]}, got {header.base_digest[:16]} "
+                f"({header.base}). Use the same base, or another --output."
+            )
+        if ledger.header.recipe_id != header.recipe_id:
+            raise RunError(
+                f"{folder}: this run follows recipe {ledger.header.recipe_id}, got {header.recipe_id}. "
+                "Use the same recipe and settings to resume, or another --output."
+            )
+        return ledger
+
+    @classmethod
+    def load(cls, folder: Path) -> "Ledger":
+        """Read and verify. An unfinished last line is cut off; anything else that does not fit raises WireError."""
+        path = folder / LEDGER
+        if not path.exists():
+            raise RunError(f"{folder}: no {LEDGER} there, so it is no run folder.")
+        raw = path.read_bytes()
+        whole = raw[: raw.rfind(b"\n") + 1]
+        if len(whole) != len(raw):
+            write_bytes(path, whole)
+        lines = whole.splitlines()
+        try:
+            ledger = cls(Header(**json.loads(lines[0])), folder)
+            for line in lines[1:]:
+                content = json.loads(line)
+                content["contributions"] = tuple(Contribution(**c) for c in content["contributions"])
+                record = Record(**content)
+                payload = ledger._payload_path(record.round).read_bytes()
+                ledger._check(record, payload)
+                ledger.records.append(record)
+                ledger._payloads.append(payload)
+        except (ValueError, TypeError, KeyError, IndexError) as error:
+            raise WireError(f"{path}: cut or foreign, line {len(ledger.records) + 2 if lines else 1}: {error}") from None
+        except FileNotFoundError as error:
+            raise WireError(f"{error.filename}: missing, so the run cannot be replayed.") from None
+        return ledger
+
+    def append(self, root: int, payload: bytes, contributions: tuple[Contribution, ...]) -> Record:
+        """Add the next round: payload first, then the line that makes it count."""
+        number = len(self.records) + 1
+        draft = Record(number, root, hashlib.sha256(payload).hexdigest(), contributions, self.head, "")
+        record = Record(**{**draft.__dict__, "hash": link(self.head, number, root, draft.members, payload)})
+        if self.folder is not None:
+            write_bytes(self._payload_path(number), payload)
+            append_line(self.folder / LEDGER, canonical(asdict(record)))
+        self.records.append(record)
+        self._payloads.append(payload)
+        return record
+
+    def payload(self, round: int) -> bytes:
+        """What was broadcast for a round (rounds count from 1)."""
+        return self._payloads[round - 1]
+
+    def since(self, round: int) -> Iterator[tuple[Record, bytes]]:
+        """Records and payloads of the rounds after this one."""
+        yield from zip(self.records[round:], self._payloads[round:], strict=True)
+
+    def _payload_path(self, round: int) -> Path:
+        if self.folder is None:
+            raise RunError("this ledger has no folder.")
+        return self.folder / "payloads" / f"{round:05d}.bin"
+
+    def _check(self, record: Record, payload: bytes) -> None:
+        wanted = link(self.head, len(self.records) + 1, record.root, record.members, payload)
+        if record.previous != self.head or record.hash != wanted or record.round != len(self.records) + 1:
+            raise WireError(
+                f"ledger: round {record.round} does not follow from round {len(self.records)}: the chain is broken "
+                f"(hash {record.hash[:16]}, expected {wanted[:16]}). The run was altered or belongs to another base."
+            )

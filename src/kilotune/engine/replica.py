@@ -1,0 +1,79 @@
+"""Replica: one resident model that holds the state after some round of a ledger, and the worker that trains on it.
+
+In a simulation all clients share one replica; deployed, each process has its own. A replica moves forward by
+applying rounds in order, whether one (by difference), all (a newcomer) or after loading a checkpoint: the same
+float32 operations in the same order, so the same bits.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from kilotune.core.errors import WireError
+from kilotune.core.types import SeedUpdate, TensorUpdate, Update, WireContext
+from kilotune.core.trainable import Trainable
+from kilotune.engine.compose import Plan
+from kilotune.engine.files import read_tensors, write_tensors
+from kilotune.engine.models import Base, weights_digest
+
+
+class Replica:
+    """A base with a plan attached to it."""
+
+    def __init__(self, base: Base, plan: Plan) -> None:
+        self.base = base
+        self.plan = plan
+        self.trainable: Trainable = plan.parametrization.attach(
+            base.model, basis=plan.basis, seed=plan.recipe.seed
+        )
+        self.round = 0
+        self.shapes = {name: tuple(value.shape) for name, value in self.trainable.wire.items()}
+
+    @property
+    def model(self) -> nn.Module:
+        return self.trainable.model
+
+    def context(self, round: int) -> WireContext:
+        """What both ends know of a round without sending it."""
+        return WireContext(round, self.plan.root(round), self.shapes, self.plan.num_directions)
+
+    def changes(self, update: Update, context: WireContext) -> Iterable[tuple[str, Tensor]]:
+        """(wire tensor, change) pairs of a decoded update."""
+        if isinstance(update, SeedUpdate) and self.plan.basis is not None:
+            return coordinates(self.plan, update).tensors.items()
+        return self.plan.downlink.expand(update, context)
+
+    def apply(self, round: int, payload: bytes) -> None:
+        """Move on by one round of the ledger."""
+        if round != self.round + 1:
+            raise WireError(f"round {round} does not follow round {self.round}, which this replica holds.")
+        context = self.context(round)
+        update = self.plan.downlink.decode(payload, context)
+        self.trainable.apply(self.changes(update, context), context.root)
+        self.round = round
+
+    def digest(self) -> str:
+        """Over every bit of the tuned tensors."""
+        return weights_digest(self.trainable.state())
+
+    def save(self, path: Path, head: str) -> None:
+        """A checkpoint: the state's tensors, the round and the ledger's head they belong to."""
+        write_tensors(path, self.trainable.state(), {"round": str(self.round), "head": head})
+
+    def load(self, path: Path) -> str:
+        """Continue from a checkpoint; returns the head it belongs to. Raises WireError when the tensors do not fit."""
+        tensors, facts = read_tensors(path)
+        state = self.trainable.state()
+        if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in state.items()} or "head" not in facts:
+            raise WireError(f"{path}: this checkpoint is of another model or method.")
+        self.trainable.restore(tensors)
+        self.round = int(facts["round"])
+        return facts["head"]
+
+
+def coordinates(plan: Plan, update: SeedUpdate) -> TensorUpdate:
+    """Pairs as the coordinates of the plan's basis."""
+    if plan.basis is None:
+        raise WireError("pairs arrived, but the recipe has no basis.")
+    return TensorUpdate({"coords": plan.basis.coordinates(update)})

@@ -1,0 +1,108 @@
+"""The only training step in the project: estimate, update, move, one tensor at a time."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor, nn
+
+from kilotune.core.types import Batch, State
+from kilotune.engine.loss import answer_loss
+from kilotune.estimator import Estimator, Objective
+from kilotune.optimizer import Optimizer
+from kilotune.core.trainable import Trainable
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step saw. `index` and `coef` are the pair a forward-only step leaves in the seed log."""
+
+    loss: float
+    index: int | None = None
+    coef: float = 0.0
+
+
+class BatchObjective(Objective):
+    """Mean loss over the labelled tokens of a batch that is computed in micro-batches."""
+
+    def __init__(self, model: nn.Module, batches: list[Batch]) -> None:
+        self._model = model
+        self._batches = batches
+        self._count = sum(batch.num_labels for batch in batches)
+
+    def parts(self) -> list[Callable[[], Tensor]]:
+        return [lambda b=b: answer_loss(self._model, b, "sum") / self._count for b in self._batches]  # type: ignore[misc]
+
+
+@dataclass
+class Memory:
+    """What the optimizer and the estimator remember between steps."""
+
+    optimizer: dict[str, State]
+    estimator: State
+
+    @classmethod
+    def empty(cls) -> "Memory":
+        return cls({}, {})
+
+    def tensors(self) -> State:
+        """Flat, for a file: `optimizer/<wire tensor>/<key>` and `estimator/<key>`."""
+        flat = {f"optimizer/{w}/{k}": v for w, state in self.optimizer.items() for k, v in state.items()}
+        return flat | {f"estimator/{k}": v for k, v in self.estimator.items()}
+
+    @classmethod
+    def from_tensors(cls, flat: State) -> "Memory":
+        memory = cls.empty()
+        for path, value in flat.items():
+            kind, _, rest = path.partition("/")
+            if kind == "estimator":
+                memory.estimator[rest] = value
+            elif kind == "optimizer":
+                wire, _, key = rest.rpartition("/")
+                memory.optimizer.setdefault(wire, {})[key] = value
+        return memory
+
+
+def rate(schedule: str, warmup_frac: float, progress: float) -> float:
+    """Factor on the learning rate at a fraction of the run in [0, 1)."""
+    if progress < warmup_frac:
+        return progress / warmup_frac if progress > 0 else 1e-2
+    rest = (progress - warmup_frac) / (1 - warmup_frac)
+    if schedule == "linear":
+        return 1 - rest
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * rest))
+    return 1.0
+
+
+def train_step(
+    trainable: Trainable,
+    estimator: Estimator,
+    optimizer: Optimizer,
+    objective: Objective,
+    memory: Memory,
+    factor: float,
+    rng: np.random.Generator,
+) -> StepReport:
+    """One optimizer step; `factor` multiplies the learning rate."""
+    used = 0.0
+
+    def sink(name: str, gradient: Tensor) -> None:
+        nonlocal used
+        if name not in memory.optimizer:
+            memory.optimizer[name] = optimizer.init(trainable.wire[name])
+        lr = _lr(optimizer, estimator, memory.estimator) * factor
+        used = lr
+        delta = optimizer.update(gradient, memory.optimizer[name], trainable.wire[name], lr)
+        trainable.move(name, delta)
+
+    _lr(optimizer, estimator, memory.estimator)  # lets the estimator know that its rate will be asked for
+    estimate = estimator.estimate(objective, trainable, rng, memory.estimator, sink)
+    return StepReport(estimate.loss, estimate.index, float(np.float32(-used * estimate.slope)))
+
+
+def _lr(optimizer: Optimizer, estimator: Estimator, state: State) -> float:
+    if optimizer.lr != "auto":
+        return float(optimizer.lr)
+    return estimator.suggested_lr(state) or 0.0

@@ -1,0 +1,102 @@
+"""Tuned: whatever a user points at — run folder, seed file, exported folder, base — becomes a model in memory."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from kilotune.core.errors import ModelError, RunError, WireError
+from kilotune.engine import seedfile
+from kilotune.engine.compose import Plan, build
+from kilotune.engine.files import read_tensors
+from kilotune.engine.ledger import LEDGER, Ledger
+from kilotune.engine.models import Base, load_base
+from kilotune.engine.recipe import DataSection
+from kilotune.engine.replica import Replica
+from kilotune.engine.runfolder import RECIPE, RunFolder
+from kilotune.engine.tune import CHECKPOINT
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A model to look at. `ledger` and `plan` are None where there is no run behind it."""
+
+    base: Base
+    model: nn.Module
+    plan: Plan | None = None
+    ledger: Ledger | None = None
+    replica: Replica | None = None
+
+    @property
+    def data(self) -> DataSection:
+        """How the model's text was laid out."""
+        return self.plan.recipe.data if self.plan is not None else DataSection()
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that define the model beyond its base; for a plain model, all of them."""
+        if self.replica is not None:
+            return self.replica.trainable.state()
+        return {name: param.data for name, param in self.base.parameters().items()}
+
+
+def open_tuned(target: str, base_name: str | None = None) -> Tuned:
+    """Load what `target` names. Raises WireError when the base is not the one the run stands on."""
+    path = Path(target)
+    if path.is_file() and path.suffix == ".seed":
+        return from_ledger(seedfile.read(path), base_name)
+    if (path / LEDGER).exists():
+        return from_ledger(Ledger.load(path), base_name)
+    if (path / RECIPE).exists():
+        return _from_checkpoint(path, base_name)
+    base = load_base(target, writable=False)
+    return Tuned(base, base.model)
+
+
+def plan_of(resolved: dict[str, Any]) -> Plan:
+    """The plan of a finished run from its resolved recipe."""
+    return build(resolved, "tune" if resolved.get("steps") else "federate")
+
+
+def from_ledger(ledger: Ledger, base_name: str | None) -> Tuned:
+    """Base + all rounds."""
+    plan = plan_of(ledger.header.recipe)
+    if plan.id != ledger.header.recipe_id:
+        raise WireError(
+            f"the ledger's recipe has id {plan.id}, its header says {ledger.header.recipe_id}: it was altered, "
+            "or written by another version of kilotune."
+        )
+    base = load_base(base_name or ledger.header.base, writable=True)
+    if base.digest != ledger.header.base_digest:
+        raise WireError(
+            f"base {base.name!r} has digest {base.digest[:16]}, but these rounds stand on "
+            f"{ledger.header.base_digest[:16]} ({ledger.header.base}). Give that model with --base."
+        )
+    replica = Replica(base, plan)
+    for record, payload in ledger.since(0):
+        replica.apply(record.round, payload)
+    return Tuned(base, replica.model, plan, ledger, replica)
+
+
+def _from_checkpoint(path: Path, base_name: str | None) -> Tuned:
+    plan = plan_of(RunFolder(path).recipe())
+    if not (path / CHECKPOINT).exists():
+        raise RunError(f"{path}: the run has no {CHECKPOINT} yet. Run its command again to go on.")
+    tensors, facts = read_tensors(path / CHECKPOINT)
+    base = load_base(base_name or plan.recipe.base, writable=True)
+    if base.digest != facts["base_digest"]:
+        raise WireError(
+            f"base {base.name!r} has digest {base.digest[:16]}, but this run stands on {facts['base_digest'][:16]}. "
+            "Give that model with --base."
+        )
+    replica = Replica(base, plan)
+    replica.trainable.restore({k.removeprefix("state/"): v for k, v in tensors.items() if k.startswith("state/")})
+    return Tuned(base, replica.model, plan, None, replica)
+
+
+def require_adapter(tuned: Tuned) -> Replica:
+    """The replica of a run whose result is a PEFT adapter."""
+    if tuned.plan is None or tuned.replica is None or tuned.plan.parametrization.method_name() != "peft":
+        kind = tuned.plan.parametrization.method_name() if tuned.plan else "a plain model"
+        raise ModelError(f"a PEFT folder holds an adapter, but this is {kind}. Use --to hf.")
+    return tuned.replica

@@ -1,0 +1,264 @@
+"""Worker: one client's side of a round. It keeps its data and its state; what leaves is one payload per round.
+
+Everything a round needs beyond the request follows from (recipe, client name, round), so a client that is killed
+and asked again answers with the same bytes.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+
+from kilotune import __version__
+from kilotune.core.errors import FederationError, KilotuneError, WireError
+from kilotune.core.rng import derive, stream
+from kilotune.core.types import Batch, SeedUpdate, State, Update, WireContext
+from kilotune.engine.compose import Plan
+from kilotune.engine.batches import BatchSampler, collate
+from kilotune.engine.evaluation import EvaluationReport
+from kilotune.engine.files import read_tensors, write_bytes, write_tensors
+from kilotune.engine.flower.messages import Reply, Request
+from kilotune.engine.ledger import link
+from kilotune.engine.replica import Replica
+from kilotune.engine.step import BatchObjective, Memory, StepReport, rate, train_step
+from kilotune.engine.tokenize import Example
+
+MEMBERS_BYTES = 32
+Evaluate = Callable[[Replica, list[Example]], EvaluationReport]
+Progress = Callable[[str], None]
+
+
+class Worker:
+    """Answers the server's requests for one client."""
+
+    def __init__(
+        self,
+        name: str,
+        replica: Replica,
+        genesis: str,
+        train: list[Example],
+        held_out: list[Example],
+        evaluate: Evaluate,
+        folder: Path,
+        keeps_rounds: bool,
+        progress: Progress = lambda line: None,
+    ) -> None:
+        """`genesis` is the hash of the ledger's header; `keeps_rounds`: store received rounds to replay after a
+        restart (a client of its own) instead of relying on the run's ledger (a simulated one)."""
+        self.name, self.replica, self.folder = name, replica, folder
+        self.train, self.held_out, self._evaluate, self._progress = train, held_out, evaluate, progress
+        self._genesis, self._keeps_rounds = genesis, keeps_rounds
+        self.round, self.head = 0, genesis
+        if keeps_rounds:
+            self._replay_kept()
+
+    def handle(self, request: Request) -> Reply:
+        """One request, one reply; what goes wrong for a known reason comes back as the reply's error."""
+        actions = {"hello": self._hello, "train": self._train, "evaluate": self._test, "finish": self._finish}
+        try:
+            if request.kind not in actions:
+                raise WireError(f"request: got kind {request.kind!r}, expected one of {', '.join(actions)}.")
+            self._same_run(request)
+            return actions[request.kind](request)
+        except KilotuneError as error:
+            return Reply(body={}, error=str(error))
+
+    # -- requests ---------------------------------------------------------------------------------------------
+
+    def _same_run(self, request: Request) -> None:
+        ours, theirs = self.replica.plan.id, str(request.body.get("recipe_id", ""))
+        if ours != theirs:
+            raise FederationError(
+                f"client {self.name!r} follows recipe {ours}, the server recipe {theirs}. Use the same recipe file."
+            )
+        base = str(request.body.get("base_digest", ""))
+        if base != self.replica.base.digest:
+            raise FederationError(
+                f"client {self.name!r} has base {self.replica.base.digest[:16]}, the server {base[:16]}. "
+                "Use the same base model."
+            )
+
+    def _hello(self, request: Request) -> Reply:
+        return Reply(body={"client": self.name, "version": __version__, **self._standing()})
+
+    def _standing(self) -> dict[str, str | int]:
+        return {"round": self.round, "num_examples": len(self.train), "num_held_out": len(self.held_out)}
+
+    def _train(self, request: Request) -> Reply:
+        started = time.monotonic()
+        number = int(request.body["round"])
+        payloads = list(request.payloads)
+        probabilities = payloads.pop() if request.body.get("probabilities") else None
+        self._catch_up(request, payloads)
+        if not self.train:
+            raise FederationError(f"client {self.name!r} has no training rows.")
+        kept = self._kept_reply(number)
+        if kept is None:
+            kept = self._compute(number, request, probabilities)
+        payload, facts = kept
+        body: dict[str, str | int | float | bool] = {
+            **self._standing(),
+            **facts,
+            "seconds": time.monotonic() - started,
+            "peak_rss_bytes": peak_rss(),
+        }
+        return Reply(body=body, payloads=(payload,))
+
+    def _test(self, request: Request) -> Reply:
+        self._catch_up(request, list(request.payloads))
+        report = self._evaluate(self.replica, self.held_out)
+        return Reply(body={**self._standing(), **report.to_sums()})
+
+    def _finish(self, request: Request) -> Reply:
+        self._catch_up(request, list(request.payloads))
+        digest = self.replica.digest() if self._keeps_rounds else ""
+        return Reply(body={**self._standing(), "digest": digest or "shared", "peak_rss_bytes": peak_rss()})
+
+    # -- rounds -----------------------------------------------------------------------------------------------
+
+    def _catch_up(self, request: Request, parts: list[bytes]) -> None:
+        first = int(request.body.get("first", self.round + 1))
+        for number, part in enumerate(parts, start=first):
+            if number > self.round:
+                self._advance(number, part)
+                if self._keeps_rounds:
+                    write_bytes(self._round_path(number), part)
+        if self.head != request.body["head"]:
+            raise WireError(
+                f"client {self.name!r} holds ledger head {self.head[:16]} after round {self.round}, "
+                f"the server {str(request.body['head'])[:16]}: their histories differ."
+            )
+
+    def _advance(self, number: int, part: bytes) -> None:
+        if number != self.round + 1:
+            raise WireError(f"client {self.name!r} holds round {self.round} and cannot go on with round {number}.")
+        members, payload = part[:MEMBERS_BYTES], part[MEMBERS_BYTES:]
+        head = link(self.head, number, self.replica.plan.root(number), members, payload)
+        if self.replica.round < number:
+            self.replica.apply(number, payload)
+        self.round, self.head = number, head
+
+    def _compute(
+        self, number: int, request: Request, probabilities: bytes | None
+    ) -> tuple[bytes, dict[str, str | int | float]]:
+        if self.replica.round != number - 1:
+            raise WireError(f"asked to train round {number}, but the model stands at round {self.replica.round}.")
+        plan = self.replica.plan.for_group(int(request.body["group"]))
+        memory, codec_state = self._load_state(number)
+        if not plan.recipe.keep_optimizer:
+            memory.optimizer.clear()
+        context = self.replica.context(number)
+        if probabilities is not None:
+            self._set_probabilities(probabilities)
+        trainable = self.replica.trainable
+        trainable.begin(context.root, plan.estimator.forward_only)
+        try:
+            steps = self._steps(plan, number, memory, float(request.body["progress"]))
+            update: Update = trainable.update() if plan.uplink.takes == "tensors" else pairs(steps)
+            _require_finite(update, self.name)
+            sender = stream(plan.recipe.seed, "codec", self.name, number)
+            sending = WireContext(context.round, context.root, context.shapes, context.size, sender)
+            payload = plan.uplink.encode(update, sending, codec_state)
+        finally:
+            trainable.rollback()
+        facts: dict[str, str | int | float] = {"loss_first": steps[0].loss, "loss": steps[-1].loss}
+        self._save_state(number, memory, codec_state, payload, facts)
+        return payload, facts
+
+    def _steps(self, plan: Plan, number: int, memory: Memory, progress: float) -> list[StepReport]:
+        recipe = plan.recipe
+        sampler = BatchSampler(len(self.train), recipe.batch_size, derive(recipe.seed, "batches", self.name))
+        factor = rate(recipe.lr_schedule, recipe.warmup_frac, progress)
+        reports = []
+        for step in range(recipe.local_steps):
+            rows = [self.train[i] for i in sampler.indices((number - 1) * recipe.local_steps + step)]
+            objective = BatchObjective(self.replica.model, micro_batches(rows, plan, self.replica))
+            rng = stream(recipe.seed, "step", self.name, number, step)
+            reports.append(
+                train_step(self.replica.trainable, plan.estimator, plan.optimizer, objective, memory, factor, rng)
+            )
+            self._progress(f"round {number} step {step + 1}/{recipe.local_steps} loss {reports[-1].loss:.3f}")
+        return reports
+
+    def _set_probabilities(self, packed: bytes) -> None:
+        from kilotune.aggregation.seed_sum import unpack_probabilities
+
+        size = self.replica.plan.num_directions
+        self.replica.trainable.probabilities = unpack_probabilities(packed, size)  # type: ignore[attr-defined]
+
+    # -- state on disk ----------------------------------------------------------------------------------------
+
+    def _round_path(self, number: int) -> Path:
+        return self.folder / "rounds" / f"{number:05d}.bin"
+
+    def _replay_kept(self) -> None:
+        while self._round_path(self.round + 1).exists():
+            self._advance(self.round + 1, self._round_path(self.round + 1).read_bytes())
+
+    def _state_path(self, number: int) -> Path:
+        return self.folder / f"state-{number:05d}.safetensors"
+
+    def _saved_rounds(self) -> list[int]:
+        return sorted(int(path.stem.split("-")[1]) for path in self.folder.glob("state-*.safetensors"))
+
+    def _kept_reply(self, number: int) -> tuple[bytes, dict[str, str | int | float]] | None:
+        if not self._state_path(number).exists():
+            return None
+        tensors, facts = read_tensors(self._state_path(number))
+        if facts.get("head") != self.head:
+            return None
+        numbers: dict[str, str | int | float] = {k: float(facts[k]) for k in ("loss_first", "loss")}
+        return tensors["reply"].numpy().tobytes(), numbers
+
+    def _load_state(self, number: int) -> tuple[Memory, State]:
+        earlier = [n for n in self._saved_rounds() if n < number]
+        if not earlier:
+            return Memory.empty(), {}
+        tensors, _ = read_tensors(self._state_path(earlier[-1]))
+        codec = {k.removeprefix("codec/"): v for k, v in tensors.items() if k.startswith("codec/")}
+        return Memory.from_tensors(tensors), codec
+
+    def _save_state(
+        self, number: int, memory: Memory, codec: State, payload: bytes, facts: dict[str, str | int | float]
+    ) -> None:
+        if not self.replica.plan.recipe.keep_optimizer:
+            memory.optimizer.clear()
+        tensors = memory.tensors() | {f"codec/{k}": v for k, v in codec.items()}
+        tensors["reply"] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+        words = {k: repr(v) for k, v in facts.items()}
+        write_tensors(self._state_path(number), tensors, {"head": self.head, **words})
+        for old in [n for n in self._saved_rounds() if n < number][:-1]:
+            self._state_path(old).unlink()
+
+
+def micro_batches(rows: list[Example], plan: Plan, replica: Replica) -> list[Batch]:
+    """The rows of one step, cut into the recipe's micro-batches."""
+    size = plan.recipe.micro_batch_size or len(rows)
+    return [collate(rows[i : i + size], replica.base.pad_id) for i in range(0, len(rows), size)]
+
+
+def pairs(steps: list[StepReport]) -> SeedUpdate:
+    """The seed log of forward-only steps; a step without a finite slope left none."""
+    logged = [s for s in steps if s.index is not None]
+    return SeedUpdate(
+        np.array([s.index for s in logged], dtype=np.int64), np.array([s.coef for s in logged], dtype=np.float32)
+    )
+
+
+def peak_rss() -> int:
+    """Peak resident bytes of this process so far."""
+    import resource
+
+    return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, psutil.Process().memory_info().rss)
+
+
+def _require_finite(update: Update, name: str) -> None:
+    if isinstance(update, SeedUpdate):
+        finite = bool(np.isfinite(update.coefs).all()) and update.coefs.size > 0
+    else:
+        finite = all(bool(torch.isfinite(value).all()) for value in update.tensors.values())
+    if not finite:
+        raise FederationError(f"client {name!r}: training left no finite update. Lower optimizer.lr.")

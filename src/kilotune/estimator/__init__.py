@@ -1,0 +1,48 @@
+"""Estimator: how the gradient is got."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from torch import Tensor
+
+from kilotune.core.method import Method
+from kilotune.core.trainable import Sink, Trainable
+from kilotune.core.types import State
+
+__all__ = ["Estimate", "Estimator", "Objective", "Sink", "State", "Trainable"]
+
+
+class Objective(ABC):
+    """The loss of one batch as a sum of parts (micro-batches); every call sees the same rows."""
+
+    @abstractmethod
+    def parts(self) -> list[Callable[[], Tensor]]:
+        """Each returns a float32 scalar; their sum is the mean loss over the batch's labelled tokens."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one estimate saw: the loss, and for forward-only estimators the (direction, slope) probed."""
+
+    loss: float
+    index: int | None = None
+    slope: float = 0.0
+
+
+class Estimator(Method):
+    """Contract. On return the stored weights have moved only by what the sink did with the pushed gradients."""
+
+    forward_only: ClassVar[bool] = False
+
+    @abstractmethod
+    def estimate(
+        self, objective: Objective, trainable: Trainable, rng: np.random.Generator, state: State, sink: Sink
+    ) -> Estimate:
+        """Push a gradient for every wire tensor into the sink."""
+
+    def suggested_lr(self, state: State) -> float | None:
+        """A learning rate measured on the way, where the estimator knows one (optimizer.lr: auto)."""
+        return None

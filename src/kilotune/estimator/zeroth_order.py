@@ -1,0 +1,88 @@
+"""Zeroth order, two-point: p = (L(θ + εz) − L(θ − εz)) / 2ε, gradient estimate p·z, from forward passes only.
+
+Source: Malladi et al., "Fine-Tuning Language Models with Just Forward Passes", arXiv 2305.17333, algorithm 1 (MeZO);
+    Spall, "Multivariate stochastic approximation using a simultaneous perturbation gradient approximation" (1992).
+Departs: the stored weights are never perturbed (each layer's forward sees w + εz in a scratch buffer), so nothing has
+    to be restored; the learning rate can be measured (`optimizer.lr: auto`): 0.1 / tr H, with
+    tr H ≈ (L₊ + L₋ − 2 L₀)/ε² averaged over probes, measured anew every `probe_every` steps.
+Memory: inference plus one scratch tensor.
+"""
+
+import math
+from typing import ClassVar
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from kilotune.estimator import Estimate, Estimator, Objective, Sink, State, Trainable
+
+SAFETY = 0.1  # of the largest stable rate 2/tr H this is one twentieth: slopes of single batches are noisy
+NUM_PROBES = 5
+
+
+class ZerothOrder(Estimator):
+    gives = frozenset({"seed_log", "curvature"})
+    forward_only: ClassVar[bool] = True
+
+    epsilon: float = Field(1e-3, gt=0, description="size of the probe, in units of the basis' scale; MeZO: 1e-3")
+    clip: float | None = Field(
+        None, gt=0, description="limit |p| to this many times its running rms (3 is a good value); none: no limit"
+    )
+    probe_every: int = Field(20, ge=1, description="steps between measurements of the curvature (optimizer.lr: auto)")
+
+    def estimate(
+        self, objective: Objective, trainable: Trainable, rng: np.random.Generator, state: State, sink: Sink
+    ) -> Estimate:
+        step = int(state["step"]) if "step" in state else 0
+        if step % self.probe_every == 0 and "measure" in state:
+            self._measure(objective, trainable, rng, state)
+        direction = trainable.draw(rng)
+        plus = self._loss(objective, trainable, direction, self.epsilon)
+        minus = self._loss(objective, trainable, direction, -self.epsilon)
+        state["step"] = torch.tensor(step + 1)
+        slope = (plus - minus) / (2 * self.epsilon)
+        if not math.isfinite(slope):
+            return Estimate(plus)  # a step without a finite slope moves nothing
+        slope = float(np.float32(self._limited(slope, state)))
+        trainable.slope(direction, slope, sink)
+        return Estimate((plus + minus) / 2, direction.index, slope)
+
+    def suggested_lr(self, state: State) -> float | None:
+        """SAFETY / tr H; asking for it (even before the first step) switches the measurement on."""
+        state.setdefault("measure", torch.tensor(1))
+        return SAFETY / float(state["trace"]) if "trace" in state else None
+
+    @torch.no_grad()
+    def _loss(self, objective: Objective, trainable: Trainable, direction: object, epsilon: float) -> float:
+        with trainable.perturbed(direction, epsilon):  # type: ignore[arg-type]
+            return sum(float(part()) for part in objective.parts())
+
+    def _measure(self, objective: Objective, trainable: Trainable, rng: np.random.Generator, state: State) -> None:
+        here = self._loss(objective, trainable, None, 0.0)
+        traces, slopes = [], []
+        for _ in range(NUM_PROBES):
+            direction = trainable.draw(rng)
+            plus = self._loss(objective, trainable, direction, self.epsilon)
+            minus = self._loss(objective, trainable, direction, -self.epsilon)
+            traces.append((plus + minus - 2 * here) / self.epsilon**2)
+            slopes.append((plus - minus) / (2 * self.epsilon))
+        # A loss that is locally flat or concave gives a tiny or negative trace; the squared slope bounds it below,
+        # because a step of the whole slope must not promise more than the loss itself.
+        floor = float(np.mean(np.square(slopes))) / max(abs(here), 1e-3)
+        trace = max(float(np.mean(traces)), floor, 1e-6)
+        if "trace" in state:
+            trace = 0.5 * float(state["trace"]) + 0.5 * trace
+        state["trace"] = torch.tensor(trace, dtype=torch.float64)
+
+    def _limited(self, slope: float, state: State) -> float:
+        if self.clip is None:
+            return slope
+        square = float(state["square"]) if "square" in state else slope * slope
+        bound = self.clip * math.sqrt(square)
+        limited = max(-bound, min(bound, slope))
+        state["square"] = torch.tensor(0.9 * square + 0.1 * limited * limited, dtype=torch.float64)
+        return limited
+
+
+METHOD = ZerothOrder

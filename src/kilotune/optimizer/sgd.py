@@ -1,0 +1,46 @@
+"""SGD: change = -lr · b, b = momentum · b + g + weight_decay · w.
+
+Source: Robbins and Monro, "A Stochastic Approximation Method"; Polyak, "Some methods of speeding up the convergence
+of iteration methods", for the momentum; equal to torch.optim.SGD.
+Memory: nothing without momentum, else 4 bytes per number (8 for float64 parameters); one temporary of the tensor's
+size, which is the returned change.
+"""
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from kilotune.optimizer import Optimizer, State
+
+
+def working_dtype(param: Tensor) -> torch.dtype:
+    """float32 for every parameter type but float64."""
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+class SGD(Optimizer):
+    """Stochastic gradient descent with heavy-ball momentum and L2 decay."""
+
+    momentum: float = Field(0.0, ge=0, lt=1, description="share of the last step that is kept; 0 keeps no state")
+    weight_decay: float = Field(0.0, ge=0, description="L2 penalty, added to the gradient")
+
+    def init(self, param: Tensor) -> State:
+        """`momentum`, zeros like the parameter, or nothing."""
+        if self.momentum == 0:
+            return {}
+        return {"momentum": torch.zeros_like(param, dtype=working_dtype(param), requires_grad=False)}
+
+    @torch.no_grad()
+    def update(self, gradient: Tensor, state: State, param: Tensor, lr: float) -> Tensor:
+        """Reads nothing but its arguments; mutates only the state."""
+        dtype = working_dtype(param)
+        if self.momentum == 0:
+            delta = gradient.to(dtype).mul(-lr)
+            return delta.add_(param, alpha=-lr * self.weight_decay) if self.weight_decay else delta
+        buffer = state["momentum"].mul_(self.momentum).add_(gradient)
+        if self.weight_decay:
+            buffer.add_(param, alpha=self.weight_decay)
+        return buffer.mul(-lr)
+
+
+METHOD = SGD

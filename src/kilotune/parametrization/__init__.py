@@ -1,0 +1,32 @@
+"""Parametrization: what may change. A method attaches to a model and returns its live Trainable."""
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+from torch import nn
+
+from kilotune.core.method import Method
+from kilotune.core.trainable import Direction, Directions, Sink, Trainable
+
+__all__ = ["Direction", "Directions", "Parametrization", "Sink", "Trainable"]
+
+
+class Parametrization(Method):
+    """Contract. The output is unchanged at attachment; rollback restores every bit; merged = attached."""
+
+    uses_basis: ClassVar[bool] = False
+
+    @abstractmethod
+    def attach(self, model: nn.Module, *, basis: Directions | None, seed: int) -> Trainable:
+        """Make `model` trainable in this way (in place where the method must add modules).
+
+        `seed` initialises what starts random. Raises RecipeError for bad targets.
+        """
+
+    def count(self, shapes: dict[str, tuple[int, ...]], size: int) -> dict[str, int]:
+        """Elements of each wire tensor, from the base's tensor shapes and the basis size, without loading anything."""
+        raise NotImplementedError(f"{self.method_name()} has no size formula")
+
+    def settings(self) -> dict[str, Any]:
+        """Values for a report."""
+        return self.model_dump()

@@ -1,0 +1,35 @@
+"""Full: every weight (or every selected one) is trained where it stands, w ← w + Δ.
+
+Source: the plain method every other one is compared with; federated as in McMahan et al.,
+    "Communication-Efficient Learning of Deep Networks from Decentralized Data", arXiv 1602.05629, algorithm 1.
+Memory: one more copy of the trained weights while a federated round runs (rollback and difference).
+"""
+
+from typing import Literal
+
+from pydantic import Field
+from torch import nn
+
+from kilotune.parametrization import Directions, Parametrization, Trainable
+from kilotune.parametrization._direct import DirectTrainable
+from kilotune.parametrization._targets import parameters, select
+
+
+class Full(Parametrization):
+    targets: Literal["all"] | tuple[str, ...] = Field("all", description="tensors to train: all, or parts of names")
+
+    def attach(self, model: nn.Module, *, basis: Directions | None, seed: int) -> Trainable:
+        return DirectTrainable(model, parameters(model, self.targets))
+
+    def count(self, shapes: dict[str, tuple[int, ...]], size: int) -> dict[str, int]:
+        return {name: _numel(shapes[name]) for name in select(list(shapes), self.targets)}
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    count = 1
+    for side in shape:
+        count *= side
+    return count
+
+
+METHOD = Full

@@ -1,0 +1,69 @@
+"""PEFT: any method of the peft library by its name, w + Δ(adapter), base frozen.
+
+Source: the peft library's registry; for the default, Hu et al., "LoRA: Low-Rank Adaptation of Large Language
+    Models", arXiv 2106.09685, sec. 4.1.
+"""
+
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from kilotune.core.errors import RecipeError
+from kilotune.core.registry import nearest
+from kilotune.parametrization import Directions, Parametrization, Trainable
+from kilotune.parametrization._direct import DirectTrainable
+
+ADAPTER = "default"
+
+
+class Peft(Parametrization):
+    method: str = Field("lora", description="name of a peft method: lora, ia3, vera, oft, ...")
+    config: dict[str, Any] = Field(
+        default_factory=lambda: {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
+        description="keys of that method's own configuration; LoRA paper: r=8 on the attention, here on all linears",
+    )
+
+    def attach(self, model: nn.Module, *, basis: Directions | None, seed: int) -> Trainable:
+        from peft import get_peft_model
+
+        config = self._config()
+        for param in model.parameters():
+            param.requires_grad_(False)
+        with torch.random.fork_rng(devices=[]):  # peft draws its start values from the global generator
+            torch.random.default_generator.manual_seed(seed % (1 << 32))
+            try:
+                wrapped = get_peft_model(model, config, adapter_name=ADAPTER)  # type: ignore[arg-type]
+            except (ValueError, KeyError) as error:
+                raise RecipeError(f"parametrization.config: {self.method}: {str(error).splitlines()[0]}") from None
+        params = {n: p for n, p in sorted(wrapped.named_parameters()) if p.requires_grad}
+        for param in params.values():
+            param.requires_grad_(False)
+        return DirectTrainable(wrapped, params)
+
+    def _config(self) -> Any:
+        from peft import PEFT_TYPE_TO_CONFIG_MAPPING, TaskType
+
+        known = {str(getattr(kind, "value", kind)).lower(): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+        if self.method.lower() not in known:
+            raise RecipeError(
+                f"parametrization.method: got {self.method!r}, expected one of {', '.join(sorted(known))}."
+                f"{nearest(self.method, sorted(known))}"
+            )
+        cls = known[self.method.lower()]
+        fields = set(cls.__dataclass_fields__)
+        wrong = [
+            f"parametrization.config.{key}: {self.method} has no such key.{nearest(key, sorted(fields))}"
+            for key in self.config
+            if key not in fields
+        ]
+        if wrong:
+            raise RecipeError(*wrong)
+        try:
+            return cls(**{"task_type": TaskType.CAUSAL_LM, **self.config})
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"parametrization.config: {self.method}: {error}") from None
+
+
+METHOD = Peft

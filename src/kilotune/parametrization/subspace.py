@@ -1,0 +1,149 @@
+"""Subspace: all weights move, but only along a public basis: w = w0 + r_t · Σ_k a_k z_k, and a (M numbers) is trained.
+
+The gradient of a is one pass over each weight's gradient, the optimizer's state is M numbers, and M
+numbers travel. r_t is the rms of tensor t in the base (basis.scale: rms) or 1.
+
+Source: Qin et al., "Federated Full-Parameter Tuning of Billion-Sized Language Models with Communication Cost
+    under 18 Kilobytes", arXiv 2312.06353 (coefficients of seeded directions as the whole update);
+    Li et al., "Measuring the Intrinsic Dimension of Objective Landscapes", arXiv 1804.08838 (training in a random
+    subspace).
+Departs: the tiled basis, its refresh every round and the rms scale are ours (docs/wire.md).
+Memory: with backprop one more copy of the covered weights, for exact rollback; none with forward passes only
+    over a one-pass basis, where the weights are never written.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from kilotune.core.errors import IncompatibleError
+from kilotune.core.kernels import rms
+from kilotune.core.types import TensorUpdate
+from kilotune.parametrization import Direction, Directions, Parametrization, Sink, Trainable
+from kilotune.parametrization._overlay import overlaid
+from kilotune.parametrization._targets import parameters
+
+WIRE = "coords"
+
+
+class SubspaceTrainable(Trainable):
+    """Coordinates of a basis over the covered weights.
+
+    `probabilities` (size,), when set, is the law by which `draw` picks directions (FedKSeed-Pro).
+    """
+
+    accumulates = True
+
+    def __init__(self, model: nn.Module, params: dict[str, nn.Parameter], basis: Directions) -> None:
+        self.model, self.params, self.basis = model, params, basis
+        self.wire = {WIRE: torch.zeros(basis.size)}
+        self.probabilities: np.ndarray | None = None
+        self._overlay = False
+        self._scales = {n: rms(p.data) if basis.scale == "rms" else 1.0 for n, p in params.items()}
+        self._gradient = torch.zeros(basis.size)
+        self._anchor: dict[str, Tensor] = {}
+        self._dirty = False
+        self._root = 0
+
+    def sources(self) -> dict[str, nn.Parameter]:
+        return self.params
+
+    def pull(self, name: str, gradient: Tensor, sink: Sink) -> None:
+        projected = self.basis.project(gradient.contiguous(), name, self._root)
+        self._gradient.add_(projected, alpha=self._scales[name])
+
+    def flush(self, sink: Sink) -> None:
+        sink(WIRE, self._gradient)
+        self._gradient.zero_()
+
+    def draw(self, rng: np.random.Generator) -> Direction:
+        if self.probabilities is None:
+            return Direction(int(rng.integers(self.basis.size)))
+        return Direction(int(rng.choice(self.basis.size, p=self.probabilities)))
+
+    def _add(self, name: str, weight: Tensor, coords: Tensor, root: int, out: Tensor) -> None:
+        self.basis.add(weight, name, [(root, coords * self._scales[name])], out=out)
+
+    @contextmanager
+    def perturbed(self, direction: Direction | None, epsilon: float) -> Iterator[None]:
+        coords = self.wire[WIRE].clone() if self._overlay else torch.zeros(self.basis.size)
+        if direction is not None:
+            coords.add_(self.basis.direction(direction.index), alpha=epsilon)
+        if not coords.any():
+            yield
+            return
+
+        def fill(name: str, value: Tensor, out: Tensor) -> None:
+            self._add(name, value, coords, self._root, out)
+
+        with overlaid(self.model, self.params, fill):
+            yield
+
+    def slope(self, direction: Direction, slope: float, sink: Sink) -> None:
+        sink(WIRE, self.basis.direction(direction.index).mul_(slope))
+
+    def move(self, name: str, delta: Tensor) -> None:
+        self.wire[name].add_(delta)
+        if self._overlay:
+            return
+        if not self._anchor:
+            self._anchor = {n: p.data.clone() for n, p in self.params.items()}
+        self._dirty = True
+        for n, param in self.params.items():
+            self._add(n, param.data, delta, self._root, param.data)
+
+    def begin(self, root: int, forward_only: bool = False) -> None:
+        self.rollback()
+        self._root = root
+        self._overlay = forward_only and self.basis.one_pass
+
+    def update(self) -> TensorUpdate:
+        return TensorUpdate({WIRE: self.wire[WIRE].clone()})
+
+    def rollback(self) -> None:
+        self.wire[WIRE].zero_()
+        self._gradient.zero_()
+        if self._dirty:
+            for name, param in self.params.items():
+                param.data.copy_(self._anchor[name])
+            self._dirty = False
+
+    def apply(self, changes: Iterable[tuple[str, Tensor]], root: int) -> None:
+        self.rollback()
+        for _, coords in changes:
+            for name, param in self.params.items():
+                self._add(name, param.data, coords, root, param.data)
+                if self._anchor:
+                    self._anchor[name].copy_(param.data)
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: param.data for name, param in self.params.items()}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        for name, param in self.params.items():
+            param.data.copy_(tensors[name])
+        self._anchor.clear()
+        self._dirty = False
+        self.rollback()
+
+
+class Subspace(Parametrization):
+    uses_basis: ClassVar[bool] = True
+
+    targets: Literal["all"] | tuple[str, ...] = Field("all", description="tensors that move: all, or parts of names")
+
+    def attach(self, model: nn.Module, *, basis: Directions | None, seed: int) -> Trainable:
+        if basis is None:
+            raise IncompatibleError("parametrization 'subspace' needs a basis. Add basis: {name: tiled}.")
+        return SubspaceTrainable(model, parameters(model, self.targets), basis)
+
+    def count(self, shapes: dict[str, tuple[int, ...]], size: int) -> dict[str, int]:
+        return {WIRE: size}
+
+
+METHOD = Subspace

@@ -1,0 +1,17 @@
+"""Schedule: who trains in which round."""
+
+from abc import abstractmethod
+
+import numpy as np
+
+from kilotune.core.method import Method
+
+__all__ = ["Schedule"]
+
+
+class Schedule(Method):
+    """Contract. No client twice in a round; the same generator gives the same choice."""
+
+    @abstractmethod
+    def sample(self, round: int, roster: list[str], rng: np.random.Generator) -> list[str]:
+        """The clients of this round (rounds count from 1), a sorted sublist of the sorted roster."""

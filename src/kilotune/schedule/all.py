@@ -1,0 +1,19 @@
+"""All: every client trains in every round.
+
+Source: full participation, the setting of cross-silo federations.
+"""
+
+import numpy as np
+
+from kilotune.schedule import Schedule
+
+
+class All(Schedule):
+    """Everybody, always; draws no random number."""
+
+    def sample(self, round: int, roster: list[str], rng: np.random.Generator) -> list[str]:  # noqa: A002 - contract
+        """The sorted roster."""
+        return sorted(roster)
+
+
+METHOD = All

@@ -1,0 +1,266 @@
+"""A server and clients in their own processes, over TLS on loopback."""
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+
+import kilotune
+from kilotune.core.errors import FederationError
+from kilotune.engine.flower.client import serve
+from kilotune.engine.flower.keys import init_server, key_id, load_server_keys, read_join_file, revoke
+from kilotune.engine.flower.messages import Reply, Request
+from kilotune.engine.flower.server import start_server
+
+HERE = Path(__file__).parent
+NAMES = ["anna", "bert", "cleo"]
+UP, DOWN = 4300, 8400
+
+pytestmark = pytest.mark.processes
+
+
+class Child:
+    """A process of the test; its stdout is read line by line, which is how the tests wait for it."""
+
+    def __init__(self, script: str, *args: object) -> None:
+        env = os.environ | {"PYTHONPATH": str(Path(kilotune.__file__).parents[1])}
+        command = [sys.executable, str(HERE / script), *map(str, args)]
+        self.process = subprocess.Popen(command, stdin=-1, stdout=-1, text=True, env=env)
+
+    def line(self, starts: str) -> str:
+        """The next line that starts so."""
+        for line in self.process.stdout:
+            if line.startswith(starts):
+                return line.strip()
+        raise AssertionError(f"the process ended (code {self.process.wait()}) before it said {starts!r}")
+
+    def say(self, text: str) -> None:
+        self.process.stdin.write(text + "\n")
+        self.process.stdin.flush()
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture
+def start():
+    """Start a process that is killed at the end of the test, whatever happens."""
+    children = []
+
+    def start_child(script, *args):
+        children.append(Child(script, *args))
+        return children[-1]
+
+    yield start_child
+    for child in children:
+        child.kill()
+        child.process.stdin.close()
+        child.process.stdout.close()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A server in this process with three enrolled clients."""
+    events = []
+    keys = init_server(tmp_path / "keys", "127.0.0.1", free_port(), NAMES)
+    exchange = start_server(keys, keys.host, keys.port, events.append)
+    exchange.keys, exchange.events = keys, events
+    yield exchange
+    exchange.close()
+
+
+def test_three_processes_answer_and_every_byte_is_counted(server, start):
+    """Kills: replies mixed up between clients; a model reloaded per message; bytes of TLS or headers not counted."""
+    children = [start("echo_client.py", server.keys.join_path(name)) for name in NAMES]
+    assert server.wait_for(3, 60) == NAMES
+    seen = [server.traffic()]
+    for number in range(5):
+        payloads = {name: bytes([number]) + name.encode() * (DOWN // 4) for name in NAMES}
+        requests = {n: Request("train", {"round": number, "size": UP}, (payloads[n],)) for n in NAMES}
+        replies = dict(server.exchange(requests, 60))
+        assert {n: r.payloads for n, r in replies.items()} == {n: (payloads[n][::-1][:UP],) for n in NAMES}
+        assert {n: r.body for n, r in replies.items()} == dict.fromkeys(NAMES, {"calls": number + 1, "round": number})
+        assert [r.error for r in replies.values()] == [None] * 3
+    seen.append(server.traffic())
+    for name in NAMES:
+        added = seen[1][name] - seen[0][name]
+        down = 5 * (4 * (DOWN // 4) + 1)
+        assert 5 * UP < added.up_bytes < 5 * (UP + 1200)
+        assert down < added.down_bytes < down + 5 * 800
+        # A handshake and a join; the poll that is being held has not been named yet.
+        assert 500 < seen[1][name].idle_up_bytes < 2000
+        assert 1000 < seen[1][name].idle_down_bytes < 3000
+    big = os.urandom(3_000_000)
+    reply = dict(server.exchange({"bert": Request("evaluate", {"size": len(big)}, (big,))}, 60))["bert"]
+    assert reply.payloads == (big[::-1],)
+    reply = dict(server.exchange({"cleo": Request("train", {"fail": True})}, 60))["cleo"]
+    assert reply.error == "ValueError: asked to fail"
+    assert list(dict(server.exchange(dict.fromkeys(NAMES, Request("finish")), 60))) and [
+        child.line("finished") for child in children
+    ]
+    assert [child.process.wait(30) for child in children] == [0, 0, 0]
+    assert server.roster() == []
+
+
+def test_a_killed_client_that_comes_back_is_asked_again(server, start):
+    """Kills: waiting for the dead process; refusing its second join; a request lost once it was delivered."""
+    first = start("echo_client.py", server.keys.join_path("anna"))
+    assert server.wait_for(1, 60) == ["anna"]
+    replies = server.exchange({"anna": Request("train", {"round": 7, "gate": True})}, 90)
+    first.line("handling train 7")
+    first.kill()
+    second = start("echo_client.py", server.keys.join_path("anna"))
+    second.say("go")
+    assert list(replies) == [("anna", Reply({"calls": 1, "round": 7}, (b"",)))]
+    assert [e for e in server.events if e.startswith("anna")] == ["anna joined", "anna left", "anna joined"]
+
+
+def test_resident_clients_outlive_a_killed_server_and_train_once(tmp_path, start):
+    """Kills: clients that end with the server; an old session used against a new server; a round trained twice."""
+    keys = init_server(tmp_path, "127.0.0.1", free_port(), NAMES[:2])
+    clients = [start("echo_client.py", keys.join_path(name)) for name in NAMES[:2]]
+    server = start("echo_server.py", tmp_path)
+    server.line("listening")
+    server.say(json.dumps({"round": 0}))
+    assert json.loads(server.line("{")) == dict.fromkeys(NAMES[:2], {"calls": 1, "round": 0})
+    server.say(json.dumps({"round": 1, "gate": True}))
+    for client in clients:
+        client.line("handling train 1")
+    server.kill()
+    again = start("echo_server.py", tmp_path)
+    again.line("listening")
+    again.say(json.dumps({"round": 1, "gate": True}))
+    for client in clients:
+        client.say("go")
+    assert json.loads(again.line("{")) == dict.fromkeys(NAMES[:2], {"calls": 2, "round": 1})
+    again.say(json.dumps({"round": 2}))
+    assert json.loads(again.line("{")) == dict.fromkeys(NAMES[:2], {"calls": 3, "round": 2})
+
+
+def joined_to(server, join):
+    return dataclasses.replace(join, server=server.address)
+
+
+def test_a_stranger_is_refused_in_one_line(server, tmp_path):
+    """Kills: accepting any key; trusting any certificate; retrying for ever what cannot work."""
+    mine = read_join_file(server.keys.join_path("anna"))
+    other = init_server(tmp_path / "other", "127.0.0.1", 1, ["anna"])
+    theirs = read_join_file(other.join_path("anna"))
+    with pytest.raises(FederationError, match="certificate that the join file of 'anna' does not trust"):
+        serve(joined_to(server, theirs), lambda request: Reply(), 30.0)
+    with pytest.raises(FederationError, match="does not know the key of 'anna'"):
+        serve(dataclasses.replace(joined_to(server, theirs), ca=mine.ca), lambda request: Reply(), 30.0)
+    assert server.roster() == []
+
+
+def test_a_stolen_name_without_its_private_key_is_refused(server, tmp_path, monkeypatch):
+    """Kills: taking the key's name in the header for proof."""
+    thief = read_join_file(init_server(tmp_path / "other", "127.0.0.1", 1, ["anna"]).join_path("anna"))
+    mine = read_join_file(server.keys.join_path("anna"))
+    monkeypatch.setattr("kilotune.engine.flower.fleet.key_id", lambda public: key_id(server.keys.clients["anna"]))
+    with pytest.raises(FederationError, match="did not accept the signature of 'anna'"):
+        serve(dataclasses.replace(joined_to(server, thief), ca=mine.ca), lambda request: Reply(), 30.0)
+    assert server.roster() == []
+
+
+def test_only_the_calls_of_a_client_are_answered(server):
+    """Kills: leaving Flower's unauthenticated control API, its docs or self-registration open on the same port."""
+    ca = str(server.keys.folder / "ca.crt")
+    known = {"flwr-public-key": key_id(server.keys.clients["anna"])}
+    paths = ["control/list-runs", "control/start-run", "runtime/acquire-task", "fleet/register-node", "fleet/get-fab"]
+    with httpx.Client(verify=ca, trust_env=False, base_url=f"https://{server.address}") as client:
+        for path in paths:
+            answer = client.post(f"/v1/{path}", headers=known | {"content-type": "application/x-protobuf"})
+            assert answer.status_code == 403, path
+        assert client.get("/docs", headers=known).status_code == 403
+        assert client.post("/v1/fleet/pull-messages", headers=known).status_code >= 400
+
+
+def test_a_revoked_client_is_refused_after_a_restart(server):
+    """Kills: clients that stay in although the owner removed them."""
+    keys, join = server.keys, read_join_file(server.keys.join_path("bert"))
+    server.close()
+    revoke(keys.folder, "bert")
+    again = start_server(load_server_keys(keys.folder), keys.host, keys.port)
+    try:
+        with pytest.raises(FederationError, match="does not know the key of 'bert'"):
+            serve(join, lambda request: Reply(), 30.0)
+    finally:
+        again.close()
+
+
+def test_a_taken_port_is_one_clear_line(server):
+    """Kills: a traceback from the event loop; two servers sharing a port."""
+    with pytest.raises(FederationError) as caught:
+        start_server(server.keys, "127.0.0.1", server.keys.port)
+    assert str(caught.value) == f"port {server.keys.port} on 127.0.0.1 is taken. Choose another with --port."
+
+
+def test_an_absent_server_is_one_clear_line(tmp_path):
+    """Kills: waiting for ever at the start; a traceback from the HTTP library."""
+    port = free_port()
+    join = read_join_file(init_server(tmp_path, "127.0.0.1", port, ["anna"]).join_path("anna"))
+    with pytest.raises(FederationError, match=f"server 127.0.0.1:{port} did not answer within 0.1 s") as caught:
+        serve(join, lambda request: Reply(), 0.1)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_the_deadline_leaves_a_client_out_and_its_late_answer_too(server):
+    """Kills: waiting past the deadline; a late answer taken for the next round's."""
+    release, stop, events = threading.Event(), threading.Event(), []
+
+    def handle(request):
+        if request.body["round"] == 0:
+            release.wait(30)
+        return Reply({"round": request.body["round"]})
+
+    args = (read_join_file(server.keys.join_path("cleo")), handle, 30.0, events.append, stop)
+    thread = threading.Thread(target=serve, args=args)
+    thread.start()
+    try:
+        assert server.wait_for(1, 30) == ["cleo"]
+        requests = {"cleo": Request("train", {"round": 0}), "anna": Request("train", {"round": 0})}
+        assert list(server.exchange(requests, 0.5)) == []
+        release.set()
+        requests = {"cleo": Request("train", {"round": 1})}
+        assert list(server.exchange(requests, 30)) == [("cleo", Reply({"round": 1}))]
+    finally:
+        release.set()
+        stop.set()
+        thread.join(30)
+    assert not thread.is_alive()
+    assert server.roster() == []
+
+
+def test_an_insecure_federation_works_when_asked_for(tmp_path):
+    """Kills: TLS settings that leak into the plain mode; a plain client let into a server with TLS."""
+    keys = init_server(tmp_path, "127.0.0.1", free_port(), ["anna"], insecure=True)
+    exchange = start_server(keys, keys.host, keys.port)
+    stop = threading.Event()
+    args = (read_join_file(keys.join_path("anna")), lambda request: Reply({"plain": True}), 30.0, lambda text: None, stop)
+    thread = threading.Thread(target=serve, args=args)
+    thread.start()
+    try:
+        exchange.wait_for(1, 30)
+        assert list(exchange.exchange({"anna": Request("hello")}, 30)) == [("anna", Reply({"plain": True}))]
+        assert list(exchange.exchange({"anna": Request("finish")}, 30)) == [("anna", Reply({"plain": True}))]
+        thread.join(30)
+        assert not thread.is_alive()
+    finally:
+        stop.set()
+        exchange.close()

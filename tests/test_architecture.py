@@ -1,0 +1,67 @@
+"""Imports point one way: cli → engine → kind folders → core; heavy libraries stay where they belong."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from kilotune.core.registry import KINDS
+
+SOURCE = Path(__file__).parent.parent / "src" / "kilotune"
+FILES = sorted(path for path in SOURCE.rglob("*.py"))
+LAYERS = {"core": 0, **dict.fromkeys(KINDS, 1), "engine": 2, "cli": 3}
+HOMES = {
+    "peft": ("parametrization/peft.py", "engine/export.py"),
+    "flwr": ("engine/flower/",),
+    "typer": ("cli/",),
+    "transformers": ("engine/",),
+}
+SLOW = {"torch", "transformers", "flwr", "peft", "numba", "datasets", "numpy"}
+
+
+def imports(path: Path, top_level_only: bool = False) -> list[str]:
+    """Full names of the modules a file imports."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    found = []
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.append(node.module)
+    return found
+
+
+def folder_of(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_point_down_and_kinds_never_meet(path):
+    """Kills: a kind that imports the engine or another kind; core that imports anything above it."""
+    home = folder_of(path)
+    if home not in LAYERS:
+        return
+    for name in imports(path):
+        if not name.startswith("kilotune."):
+            continue
+        other = name.split(".")[1]
+        if other in LAYERS and other != home:
+            assert LAYERS[other] < LAYERS[home], f"{path.relative_to(SOURCE)} imports {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_each_heavy_library_has_one_home(path):
+    """Kills: flwr or peft leaking through the code base, which makes a new version of either a big change."""
+    place = str(path.relative_to(SOURCE))
+    for name in imports(path):
+        homes = HOMES.get(name.split(".")[0])
+        assert homes is None or place.startswith(homes), f"{place} imports {name}, whose home is {homes}"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if folder_of(p) == "cli"], ids=lambda p: p.name)
+def test_the_command_line_starts_without_heavy_imports(path):
+    """Kills: `kilotune --help` that waits for torch."""
+    for name in imports(path, top_level_only=True):
+        assert name.split(".")[0] not in SLOW, f"{path.name} imports {name} at the top"
+        assert not name.startswith("kilotune.engine"), f"{path.name} imports {name} at the top"
