@@ -69,6 +69,8 @@ def test_budgets_stay_within_k_per_group_and_the_largest_norm_gets_all() -> None
     norms = np.array([1.0, 0.5, 0.001, 0.0, 0.999])
     assert budgets(norms, 200).tolist() == [200, 100, 2, 2, 199]
     assert budgets(norms, 1).tolist() == [1] * 5
+    with np.errstate(all="raise"):
+        assert budgets(np.zeros(3), 200).tolist() == [2, 2, 2]
     codec, wire = Projection(num_seeds=60), context(SHAPES)
     update = draw(SHAPES)
     sent, _ = through(codec, update, wire)

@@ -25,7 +25,9 @@ class Tiled(Basis):
     one_pass: ClassVar[bool] = True
 
     size: int = Field(4096, ge=1, description="M, a power of two: coordinates sent per tensor group (ours)")
-    refresh: Literal["round", "run"] = Field("round", description="fresh signs each round (ours), or one set for the run")
+    refresh: Literal["round", "run"] = Field(
+        "round", description="fresh signs each round (ours), or one set for the run"
+    )
     scale: Literal["rms", "none"] = Field("rms", description="share of a tensor: rms of its base weights (ours), or 1")
 
     @field_validator("size")

@@ -77,6 +77,12 @@ def _poly7(r, c):  # type: ignore[no-untyped-def]
 
 
 @_jit
+def _poly10(r, c):  # type: ignore[no-untyped-def]
+    top = ((c[10] * r + c[9]) * r + c[8]) * r + c[7]
+    return ((((((top * r + c[6]) * r + c[5]) * r + c[4]) * r + c[3]) * r + c[2]) * r + c[1]) * r + c[0]
+
+
+@_jit
 def _sqrt_minus_log(p, scratch):  # type: ignore[no-untyped-def]
     """p <- sqrt(-ln p) in place for 0 < p < 1, from + - * / sqrt only, so that every machine agrees."""
     bits = p.view(np.uint64)
@@ -90,19 +96,7 @@ def _sqrt_minus_log(p, scratch):  # type: ignore[no-untyped-def]
         high = m > spec.SQRT2
         m, e = (m * 0.5 if high else m), (e + 1.0 if high else e)
         s = (m - 1.0) / (m + 1.0)
-        z = s * s
-        t = spec.ATANH[10]
-        t = t * z + spec.ATANH[9]
-        t = t * z + spec.ATANH[8]
-        t = t * z + spec.ATANH[7]
-        t = t * z + spec.ATANH[6]
-        t = t * z + spec.ATANH[5]
-        t = t * z + spec.ATANH[4]
-        t = t * z + spec.ATANH[3]
-        t = t * z + spec.ATANH[2]
-        t = t * z + spec.ATANH[1]
-        t = t * z + spec.ATANH[0]
-        p[i] = math.sqrt(-(e * spec.LN2 + (2.0 * s) * t))
+        p[i] = math.sqrt(-(e * spec.LN2 + (2.0 * s) * _poly10(s * s, spec.ATANH)))
 
 
 @_jit
@@ -130,12 +124,8 @@ def _fill_gaussian(k0, k1, start, out):  # type: ignore[no-untyped-def]
         _sqrt_minus_log(p[:count], scratch[:count])
         for t in range(count):
             r = p[t] - 1.6
-            near = _poly7(r, spec.TAIL_NUM) / _poly7(r, spec.TAIL_DEN)
-            p[t] = near if p[t] <= 5.0 else -p[t]
+            p[t] = _poly7(r, spec.TAIL_NUM) / _poly7(r, spec.TAIL_DEN)
         for t in range(count):
-            if p[t] < 0.0:
-                r = -p[t] - 5.0
-                p[t] = _poly7(r, spec.FAR_NUM) / _poly7(r, spec.FAR_DEN)
             part[where[t]] = np.float32(p[t] if q[where[t]] > 0.0 else -p[t])
 
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -158,14 +158,15 @@ def seeds_project(g: np.ndarray, law: str, keys: Sequence[Key]) -> np.ndarray:
     return total.astype(np.float32)
 
 
-def rms(weight: np.ndarray) -> float:
-    """Root mean square as a float32 number, at least 1e-4 so that zero tensors can still move; NaN stays NaN.
+def rms(weight: Any) -> float:
+    """Root mean square of an array or CPU tensor, rounded to float32, at least 1e-4 so that zero tensors can move.
 
-    Squares are summed in float64 like the products of `seeds_project`.
+    Squares are summed in float64 like the products of `seeds_project`; NaN stays NaN.
     """
+    flat = np.ascontiguousarray(weight, dtype=np.float32).reshape(-1)
     total = 0.0
-    for rows in _spans(partial(_loops.squares, weight), -(-weight.size // CHUNK), _SPAN // CHUNK):
+    for rows in _spans(partial(_loops.squares, flat), -(-flat.size // CHUNK), _SPAN // CHUNK):
         for row in rows:
             total += row[0]
-    value = float(np.float32(np.sqrt(total / max(weight.size, 1))))
+    value = float(np.float32(np.sqrt(total / max(flat.size, 1))))
     return RMS_FLOOR if value < RMS_FLOOR else value

@@ -43,14 +43,13 @@ def log(p: np.ndarray) -> np.ndarray:
 
 
 def normal_quantile(q: np.ndarray) -> np.ndarray:
-    """float64 inverse of the normal distribution at p = q + 1/2, -1/2 < q < 1/2: AS 241."""
+    """float64 inverse of the normal distribution at p = q + 1/2, -1/2 < q < 1/2: AS 241 without its far tail."""
     r = 0.180625 - q * q
     value = q * horner(r, spec.CENTRAL_NUM) / horner(r, spec.CENTRAL_DEN)
     outer = np.abs(q) > 0.425
     t = np.sqrt(-log(0.5 - np.abs(q[outer])))
-    near = horner(t - 1.6, spec.TAIL_NUM) / horner(t - 1.6, spec.TAIL_DEN)
-    far = horner(t - 5.0, spec.FAR_NUM) / horner(t - 5.0, spec.FAR_DEN)
-    value[outer] = np.copysign(np.where(t <= 5.0, near, far), q[outer])
+    tail = horner(t - 1.6, spec.TAIL_NUM) / horner(t - 1.6, spec.TAIL_DEN)
+    value[outer] = np.copysign(tail, q[outer])
     return value
 
 

@@ -10,10 +10,11 @@ def derive(seed: int, *path: str | int) -> int:
     """A 64-bit integer that depends on the seed and the whole path and nothing else.
 
     SHA-256 over length-prefixed parts, so ("ab", "c") and ("a", "bc") differ; the first 8 bytes, little-endian.
+    `seed` and integer parts lie in [0, 2^64).
     """
-    digest = hashlib.sha256(struct.pack("<q", seed))
+    digest = hashlib.sha256(struct.pack("<Q", seed))
     for part in path:
-        raw = part.encode() if isinstance(part, str) else struct.pack("<q", part)
+        raw = part.encode() if isinstance(part, str) else struct.pack("<Q", part)
         digest.update(b"s" if isinstance(part, str) else b"i")
         digest.update(struct.pack("<I", len(raw)))
         digest.update(raw)

@@ -136,9 +136,9 @@ def _row(file: str, line: int, record: Record, default: str | None) -> Row:
     return Row(record, file, line, None if client in (None, "") else str(client), split or default or "train")
 
 
-def read_sample(row: Row, format: str = "auto") -> Sample:
+def read_sample(row: Row, layout: str = "auto") -> Sample:
     """The conversation of a row, by its fields or by a forced format. Raises DataError with file and line."""
-    method = _detect(row) if format == "auto" else _format(format)
+    method = _detect(row) if layout == "auto" else _format(layout)
     try:
         sample: Sample = method().read(row.record)
     except ValueError as error:

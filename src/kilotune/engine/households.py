@@ -23,14 +23,17 @@ ROWS_PER_HOUSEHOLD = 500
 TEST_EVERY = 8
 """Every eighth request of a tool is held out: 12.5 %."""
 
+MISSES = 200
+"""Repeated wordings in a row after which a tool has said all it can."""
+
 TIMED = 0.25
 """Share of the orders that name a time."""
 
 _ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-    "seventeen eighteen nineteen"
-).split()
-_TENS = "_ _ twenty thirty forty fifty sixty seventy eighty ninety".split()
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
+    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
+)
+_TENS = ("", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 _QUARTERS = {0: "{h}", 15: "a quarter past {h}", 30: "half past {h}", 45: "a quarter to {next}"}
 _DELAYS = (2, 5, 10, 15, 20, 30, 40, 45)
 
@@ -129,11 +132,12 @@ def _distinct(
     """Up to `count` requests for one tool whose texts are not in `seen`, which grows; fewer when wordings run out."""
     rng = stream(seed, "households", home["name"], tool["tool"])
     rows: list[dict[str, str]] = []
-    for _ in range(10 * count):
-        if len(rows) == count:
-            break
+    misses = 0
+    while len(rows) < count and misses < MISSES:
         text, answer = _request(home, tool, rng)
+        misses += 1
         if text.lower() not in seen:
+            misses = 0
             seen.add(text.lower())
             split = "test" if len(rows) % TEST_EVERY == TEST_EVERY - 1 else "train"
             rows.append(_row(home["name"], text, answer, tool["tool"], split))

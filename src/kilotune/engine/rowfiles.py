@@ -1,4 +1,4 @@
-"""Reading data files record by record: JSON, JSON Lines, CSV, TSV and Parquet, plain or gzipped, each with its place."""
+"""Data files record by record: JSON, JSON Lines, CSV, TSV and Parquet, plain or gzipped, each with its place."""
 
 import csv
 import gzip
@@ -154,8 +154,8 @@ def _table(path: Path, file: TextIO) -> Iterator[Numbered]:
 
 
 def _parquet(path: Path) -> Iterator[Numbered]:
-    import pyarrow
-    import pyarrow.parquet
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
 
     number = 0
     try:

@@ -113,39 +113,36 @@ class Template:
     def _chat(self, turns: tuple[Turn, ...]) -> Layout:
         """Spans by rendering the conversation up to each answer with the generation prompt."""
         answer = turns[-1].content
-        if self.mark and sum(turn.role == "assistant" for turn in turns) == 1 and _ordinary(answer):
+        # A conversation that opens with the assistant answers nothing: those words carry no loss.
+        answers = [number for number, turn in enumerate(turns) if turn.role == "assistant" and number > 0]
+        if not answers:
+            raise ValueError("the conversation opens with its only answer, expected a question before it.")
+        if self.mark and len(answers) == 1 and _ordinary(answer):
             head = self._render(turns[:-1], True)
             text = head + answer + self.mark
             return Layout(text, ((len(head), len(text)),), answer)
         full = self._render(turns, False)
-        spans: list[tuple[int, int]] = []
-        done = 0
-        for number, turn in enumerate(turns):
-            if turn.role != "assistant":
-                continue
-            content = turn.content.strip()  # some templates strip it
-            head = self._render(turns[:number], True) if number else ""
-            if not head or not full.startswith(head) or len(head) < done:
-                # The template renders history otherwise than prompts: the answer begins at its own words.
-                head = full[: full.find(content, done)]
-            words = full.find(content, len(head))
-            if words < 0:
-                raise ValueError("the model's chat template alters the answer. Use data.template: plain.")
-            done = self._turn_end(full, turns, number, words + len(content))
-            spans.append((len(head), done))
-        text = full[:done]
-        if words + len(content) == done and self.eos:  # the template ends no turn: the model must learn to stop
+        places: list[tuple[int, int]] = []  # where each answer begins, where its words end
+        for number in answers:
+            places.append(self._place(full, turns, number, places[-1][1] if places else 0))
+        mark = full[places[-1][1] :].strip()  # what ends a turn
+        spans = [(begin, _end(full, end, mark)) for begin, end in places]
+        text = full[: spans[-1][1]]
+        if not mark and self.eos:  # the template ends no turn: the model must learn to stop
             text += self.eos
             spans[-1] = (spans[-1][0], len(text))
-        return Layout(text, tuple(spans), turns[-1].content)
+        return Layout(text, tuple(spans), answer)
 
-    def _turn_end(self, full: str, turns: tuple[Turn, ...], number: int, words_end: int) -> int:
-        """The end of an answer with its end-of-turn mark, but without the space that separates it from the next."""
-        end = len(full)
-        if number < len(turns) - 1:
-            part = self._render(turns[: number + 1], False)
-            end = len(part) if full.startswith(part) else words_end
-        return max(words_end, len(full[:end].rstrip()))
+    def _place(self, full: str, turns: tuple[Turn, ...], number: int, done: int) -> tuple[int, int]:
+        """Where the assistant begins to write an answer and where its words end; `done` ends the answer before."""
+        words = turns[number].content.strip()  # some templates strip them
+        head = self._render(turns[:number], True)
+        shared = _shared(full, head)
+        first = full.find(words, max(shared, done))
+        if first < 0:
+            raise ValueError("the model's chat template alters the answer. Use data.template: plain.")
+        # Where history is rendered otherwise than a prompt, the answer begins at its own words.
+        return (shared if shared == len(head) >= done else first), first + len(words)
 
     def _joined(self, turns: tuple[Turn, ...], record: dict[str, Any]) -> Layout:
         """The plain and alpaca layouts, put together from pieces."""
@@ -170,8 +167,22 @@ class Template:
 
 def _parts(turn: Turn, record: dict[str, Any]) -> tuple[str, str] | None:
     """Instruction and input of a turn that an alpaca record was joined into, else None."""
-    parts = record.get("instruction"), record.get("input")
-    return parts if all(parts) and turn.content == "\n\n".join(parts) else None
+    instruction, extra = record.get("instruction") or "", record.get("input") or ""
+    joined = bool(instruction and extra) and turn.content == f"{instruction}\n\n{extra}"
+    return (instruction, extra) if joined else None
+
+
+def _shared(full: str, head: str) -> int:
+    """How many leading characters two texts share."""
+    if full.startswith(head):
+        return len(head)
+    return next((i for i, (a, b) in enumerate(zip(full, head, strict=False)) if a != b), len(full))
+
+
+def _end(full: str, words_end: int, mark: str) -> int:
+    """The end of an answer with its end-of-turn mark, past the space that the answer itself ends with."""
+    gap = len(full) - words_end - len(full[words_end:].lstrip())
+    return words_end + gap + len(mark) if mark and full.startswith(mark, words_end + gap) else words_end
 
 
 def _ordinary(answer: str) -> bool:

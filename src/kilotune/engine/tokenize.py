@@ -108,12 +108,12 @@ def _tokenize(texts: list[str], tokenizer: Any, rows: Sequence[Row]) -> list[lis
 
 
 def _separable(tokenizer: Any) -> bool:
-    """True when a text has the same tokens at the start as after a line break."""
+    """False for tokenizers that put a space before every text: no text has the same tokens after a line break."""
     for text in ("zebra", "7", "{"):
         alone, after = tokenizer([text, "\n" + text], add_special_tokens=False)["input_ids"]
-        if after[-len(alone) :] != alone:
-            return False
-    return True
+        if after[-len(alone) :] == alone:
+            return True
+    return False
 
 
 def _joined(layouts: list[Layout], tokenizer: Any, rows: Sequence[Row]) -> tuple[list[list[int]], Borders]:
@@ -138,9 +138,8 @@ def _compared(layouts: list[Layout], tokenizer: Any, rows: Sequence[Row]) -> tup
     heads = [layouts[i].text[: span[0]] for i, span in zip(owners, spans, strict=True)]
     parts = [layouts[i].text[: span[1]] for i, span in zip(owners, spans, strict=True)]
     known = [rows[i] for i in owners]
-    for i, head, part in zip(
-        owners, _tokenize(heads, tokenizer, known), _tokenize(parts, tokenizer, known), strict=True
-    ):
+    both = zip(_tokenize(heads, tokenizer, known), _tokenize(parts, tokenizer, known), strict=True)
+    for i, (head, part) in zip(owners, both, strict=True):
         borders[i].append((_common_length(head, ids[i]), _common_length(part, ids[i])))
     return ids, borders
 
@@ -226,7 +225,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """A row as the model sees it, for people: `marked` for plain terminals, `styled` for rich ones, `as_dict` for JSON."""
+    """A row as the model sees it: `marked` for plain terminals, `styled` for rich ones, `as_dict` for JSON."""
 
     where: str
     client: str | None

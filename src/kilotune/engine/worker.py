@@ -237,7 +237,7 @@ class Worker:
 def micro_batches(rows: list[Example], plan: Plan, replica: Replica) -> list[Batch]:
     """The rows of one step, cut into the recipe's micro-batches."""
     size = plan.recipe.micro_batch_size or len(rows)
-    return [collate(rows[i : i + size], replica.base.pad_id) for i in range(0, len(rows), size)]
+    return [collate(rows[i : i + size], replica.base.tokenizer.pad_token_id) for i in range(0, len(rows), size)]
 
 
 def pairs(steps: list[StepReport]) -> SeedUpdate:

@@ -29,8 +29,8 @@ class Backprop(Estimator):
                 gradient, param.grad = param.grad, None
                 trainable.pull(names[param], gradient, sink)  # type: ignore[index]
 
-        handles = [param.register_post_accumulate_grad_hook(hook) for param in sources.values()]
         _require(sources, True)
+        handles = [param.register_post_accumulate_grad_hook(hook) for param in sources.values()]
         total = 0.0
         try:
             for number, part in enumerate(parts, start=1):

@@ -53,7 +53,7 @@ class Dirichlet(Partition):
                 return counts
         raise DataError(
             f"partition dirichlet: none of {TRIES} draws gave each of {self.num_clients} clients at least "
-            f"{self.min_rows} rows of {len(totals)} labels. Raise alpha ({self.alpha:g}) or lower num_clients or min_rows."
+            f"{self.min_rows} rows of {len(totals)} labels. Raise alpha (now {self.alpha:g}) or lower min_rows."
         )
 
 

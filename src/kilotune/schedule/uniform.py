@@ -20,7 +20,7 @@ class Uniform(Schedule):
 
     clients_per_round: int = Field(ge=1, description="clients that train in one round")
 
-    def sample(self, round: int, roster: list[str], rng: np.random.Generator) -> list[str]:  # noqa: A002 - contract
+    def sample(self, round: int, roster: list[str], rng: np.random.Generator) -> list[str]:
         """A sorted sublist of the sorted roster."""
         ordered = sorted(roster)
         chosen = np.argsort(rng.random(len(ordered)), kind="stable")[: self.clients_per_round]

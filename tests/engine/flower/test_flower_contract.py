@@ -66,7 +66,7 @@ def test_flowers_run_never_ends_and_forgets_what_was_exchanged():
     """Kills: a run that Flower fails after a minute without a ServerApp; memory that grows with every message."""
     _, state, grid = superlink._flower()
     state.report = lambda what, which: None
-    node = state.create_node("owner", "owner", b"key", 30.0)
+    node = state.add(b"key")
     assert state.activate_node(node, 30.0)
     assert state.activate_node(node, 30.0)  # again while it is online: a client that was killed and restarted
     assert state.task_token_store == {}  # nothing that could expire
@@ -76,6 +76,9 @@ def test_flowers_run_never_ends_and_forgets_what_was_exchanged():
         message = encode_request(Request("train"), run_id, node, f"{number:064x}", 1.8e9)
         assert list(grid.push_messages([message])) == [f"{number:064x}"]
         assert state.get_message_ins(node, 1) == [message]
+        assert state.get_message_ins(node, 1) == []
+        assert state.activate_node(node, 30.0)
+        assert state.get_message_ins(node, 1) == [message]  # fetched by a process that died: fetched again
         grid.drop([f"{number:064x}"])
     grid.tidy()
     assert len(state.object_store) == 0

@@ -66,7 +66,9 @@ def test_a_handler_cannot_change_the_request_of_another():
         return Reply(dict(request.body))
 
     request = Request("train", {"round": 1})
-    replies = dict(LocalExchange({"a": spoil, "b": lambda r: Reply(dict(r.body))}).exchange({"a": request, "b": request}))
+    replies = dict(
+        LocalExchange({"a": spoil, "b": lambda r: Reply(dict(r.body))}).exchange({"a": request, "b": request})
+    )
     assert replies["b"].body == {"round": 1}
     assert request.body == {"round": 1}
 

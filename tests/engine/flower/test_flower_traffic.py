@@ -13,13 +13,14 @@ def test_bytes_go_to_the_request_they_belong_to():
     meter.settle(wire, "a", useful=False)
     meter.received(wire, 50)
     meter.sent(wire, 30)  # poll, held
+    meter.received(wire, 5)  # not yet named either
     meter.settle(wire, "a", useful=True)
     meter.received(wire, 8000), meter.received(wire, 400)
     meter.sent(wire, 4000), meter.sent(wire, 300)  # reply in two parts
     meter.settle(wire, "a", useful=True)
     meter.received(wire, 20)
-    assert meter.totals() == {"a": Traffic(4330, 8420, 600, 950)}
-    assert meter.totals()["a"] - Traffic(4000, 8000, 600, 900) == Traffic(330, 420, 0, 50)
+    assert meter.totals() == {"a": Traffic(4330, 8425, 600, 950)}
+    assert meter.totals()["a"] - Traffic(4000, 8000, 600, 900) == Traffic(330, 425, 0, 50)
 
 
 def test_a_connection_that_breaks_is_booked_as_idle_and_reported_when_it_was_the_last():

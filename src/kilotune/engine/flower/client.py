@@ -15,7 +15,7 @@ from typing import TypeVar
 from flwr.app import Message
 
 from kilotune.core.errors import FederationError, WireError
-from kilotune.engine.flower.fleet import Away, FleetLink, Forgotten, Refused
+from kilotune.engine.flower.fleet import AwayError, FleetLink, ForgottenError, RefusedError
 from kilotune.engine.flower.keys import JoinFile
 from kilotune.engine.flower.local import safely
 from kilotune.engine.flower.messages import Handler, Reply, Request, decode_request, encode_reply
@@ -38,7 +38,7 @@ def serve(
     loop = _Loop(FleetLink(join), join, handler, on_event, stop)
     try:
         loop.run(time.monotonic() + wait_s, wait_s)
-    except Refused as error:
+    except RefusedError as error:
         raise FederationError(str(error)) from None
     finally:
         loop.link.leave()
@@ -66,9 +66,9 @@ class _Loop:
                 joined, told, pause = True, False, FIRST_PAUSE_S
                 if self._work():
                     return
-            except Forgotten:
+            except ForgottenError:
                 self._on_event(f"server {self._join.server} was restarted; joining again")
-            except Away as error:
+            except AwayError as error:
                 if not joined and time.monotonic() > until:
                     raise FederationError(
                         f"server {self._join.server} did not answer within {wait_s:g} s ({error}). "
@@ -118,7 +118,7 @@ class _Loop:
             try:
                 self._interruptible(lambda: self.link.push(reply))
                 return
-            except Away:
+            except AwayError:
                 if attempt + 1 == PUSH_TRIES or self._stop.wait(pause):
                     raise
                 pause = min(2 * pause, LONGEST_PAUSE_S)
@@ -130,7 +130,7 @@ class _Loop:
 
         def beat() -> None:
             while not done.wait(HEARTBEAT_S):
-                with contextlib.suppress(Away, Refused, Forgotten):
+                with contextlib.suppress(AwayError, RefusedError, ForgottenError):
                     self.link.heartbeat()
 
         thread = threading.Thread(target=beat, name="heartbeat", daemon=True)

@@ -34,20 +34,20 @@ SPARE_HEADERS = ("user-agent", "accept", "accept-encoding", "connection")
 T = TypeVar("T")
 
 
-class Away(Exception):
+class AwayError(Exception):
     """The server cannot be reached, or broke off; it may come back."""
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """This client or this server is not the right one; trying again does not help."""
 
 
-class Forgotten(Exception):
+class ForgottenError(Exception):
     """The server does not know this session any more: it was restarted. Join again."""
 
 
 class FleetLink:
-    """Joins, polls and answers. Raises Away, Refused and Forgotten only."""
+    """Joins, polls and answers. Raises AwayError, RefusedError and ForgottenError only."""
 
     def __init__(self, join: JoinFile) -> None:
         key = load_pem_private_key(join.key, None)
@@ -72,8 +72,8 @@ class FleetLink:
         request = ActivateNodeRequest(public_key=self._public, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
         try:
             self._node = Node(node_id=self._call(lambda: self._client.ActivateNode(request)).node_id)
-        except Forgotten:
-            raise Refused(
+        except ForgottenError:
+            raise RefusedError(
                 f"server {self._join.server} did not accept the signature of {self._join.client!r}. "
                 "Check that the clocks of both machines agree within 5 minutes."
             ) from None
@@ -105,7 +105,7 @@ class FleetLink:
             self._client._client.timeout = httpx.Timeout(2.0)
             if self._node.node_id:
                 self._call(lambda: self._client.DeactivateNode(DeactivateNodeRequest(node_id=self._node.node_id)))
-        except (Away, Refused, Forgotten):
+        except (AwayError, RefusedError, ForgottenError):
             return  # it finds out by the closed connection
         finally:
             self._client.close()
@@ -116,22 +116,22 @@ class FleetLink:
         except httpx.HTTPStatusError as error:
             status = error.response.status_code
             if status == httpx.codes.FORBIDDEN:
-                raise Refused(
+                raise RefusedError(
                     f"server {self._join.server} does not know the key of {self._join.client!r}. "
                     "Ask its owner for a new join file."
                 ) from None
             if status == httpx.codes.UNAUTHORIZED:
-                raise Forgotten from None
-            raise Away(f"it answered with HTTP status {status}") from None
+                raise ForgottenError from None
+            raise AwayError(f"it answered with HTTP status {status}") from None
         except httpx.ConnectError as error:
             if "CERTIFICATE_VERIFY_FAILED" in str(error):
-                raise Refused(
+                raise RefusedError(
                     f"server {self._join.server} has a certificate that the join file of {self._join.client!r} does "
                     "not trust. Check the address, or ask the server's owner for a new join file."
                 ) from None
-            raise Away(str(error)) from None
+            raise AwayError(str(error)) from None
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-            raise Away(str(error) or type(error).__name__) from None
+            raise AwayError(str(error) or type(error).__name__) from None
 
 
 class _Lean:

@@ -58,7 +58,7 @@ class LocalGrid(Grid):
         """Not a part of the in-process grid."""
         raise NotImplementedError("the in-process grid has no run record")
 
-    def create_message(self, *args: object, **kwargs: object) -> NoReturn:  # type: ignore[override]
+    def create_message(self, *args: object, **kwargs: object) -> NoReturn:
         """Deprecated in Flower; messages come from engine.flower.messages."""
         raise NotImplementedError("make messages with kilotune.engine.flower.messages")
 

@@ -13,6 +13,8 @@ from kilotune.engine.flower.messages import Reply, Request, decode_reply
 from kilotune.engine.flower.traffic import Traffic, listen
 
 if TYPE_CHECKING:
+    from flwr.app import Message
+
     from kilotune.engine.flower.superlink import SuperLink
 
 GRACE_S = 30.0  # without a deadline, how long a client may be away before its answer is given up
@@ -23,14 +25,17 @@ def start_server(
     keys: ServerKeys, host: str, port: int, on_event: Callable[[str], None] = lambda text: None
 ) -> "SuperLinkExchange":
     """Listen on host:port (port 0 takes a free one) and return once clients can join."""
-    listener = _listen(host, port)  # before flwr is imported, which takes seconds
-    if not keys.clients:
-        listener.close()
-        raise FederationError(f"{keys.folder}: no client is enrolled. Add some with: kilotune server init.")
-    from kilotune.engine.flower.superlink import SuperLink
+    listener = _listen(host, port)  # before Flower's server is imported, which takes seconds
+    try:
+        if not keys.clients:
+            raise FederationError(f"{keys.folder}: no client is enrolled. Add some with: kilotune server init.")
+        from kilotune.engine.flower.superlink import SuperLink
 
-    link = SuperLink(keys, listener)
-    link.start()
+        link = SuperLink(keys, listener)
+        link.start()
+    except BaseException:
+        listener.close()
+        raise
     return SuperLinkExchange(link, address(host, listener.getsockname()[1]), on_event)
 
 
@@ -58,9 +63,9 @@ class SuperLinkExchange:
         if unknown:
             raise FederationError(f"exchange: {', '.join(unknown)} not enrolled. Add with: kilotune server init.")
         end = None if deadline_s is None else time.monotonic() + deadline_s
-        joins = dict(self._link.joins)
-        sent = {name: self._link.send(name, requests[name]) for name in sorted(requests)}
-        return self._replies(requests, sent, joins, end)
+        for name in sorted(requests):
+            self._link.send(name, requests[name])
+        return self._replies(set(requests), end)
 
     def traffic(self) -> dict[str, Traffic] | None:
         """Bytes on each client's socket since this server started."""
@@ -70,48 +75,28 @@ class SuperLinkExchange:
         """Stop listening. Clients keep trying until a server answers at this address again."""
         self._link.stop()
 
-    def _replies(
-        self, requests: dict[str, Request], sent: dict[str, str | None], joins: dict[str, int], end: float | None
-    ) -> Iterator[tuple[str, Reply]]:
-        seen = dict.fromkeys(sent, time.monotonic())
+    def _replies(self, waiting: set[str], end: float | None) -> Iterator[tuple[str, Reply]]:
+        seen = dict.fromkeys(waiting, time.monotonic())
         try:
-            while sent and (left := TICK_S if end is None else end - time.monotonic()) > 0:
+            while waiting and (left := TICK_S if end is None else end - time.monotonic()) > 0:
                 what, name = self._next(min(left, TICK_S))
-                if what == "replied" and name in sent:
-                    yield from self._take(name, sent)
-                elif what == "joined" and name in sent and self._lost(name, sent[name], joins):
-                    self._link.withdraw(name)
-                    sent[name] = self._link.send(name, requests[name])
+                if what == "replied" and name in waiting:
+                    for message in self._link.take(name):
+                        waiting.remove(name)
+                        yield name, _understood(message)
                 if end is None:
-                    self._give_up(sent, seen)
+                    self._give_up(waiting, seen)
         finally:
-            for name in sent:
+            for name in waiting:
                 self._link.withdraw(name)
             self._link.grid.tidy()
 
-    def _lost(self, name: str, message_id: str | None, joins: dict[str, int]) -> bool:
-        """Whether a client has joined anew since it fetched its request, or could not be sent one before."""
-        again, joins[name] = self._link.joins[name] > joins[name], self._link.joins[name]
-        return message_id is None or (again and self._link.delivered(name))
-
-    def _take(self, name: str, sent: dict[str, str | None]) -> Iterator[tuple[str, Reply]]:
-        message_id = sent[name]
-        for message in self._link.grid.pull_messages([message_id] if message_id else []):
-            del sent[name]
-            self._link.withdraw(name)
-            try:
-                reply = decode_reply(message)
-            except WireError as error:
-                reply = Reply(error=f"reply not understood: {error}")
-            yield name, reply
-
-    def _give_up(self, sent: dict[str, str | None], seen: dict[str, float]) -> None:
+    def _give_up(self, waiting: set[str], seen: dict[str, float]) -> None:
         now, online = time.monotonic(), self._link.online()
-        for name in list(sent):
-            if name in online:
-                seen[name] = now
-            elif now - seen[name] > GRACE_S:
-                del sent[name]
+        seen.update(dict.fromkeys(waiting & online, now))
+        for name in sorted(waiting - online):
+            if now - seen[name] > GRACE_S:
+                waiting.remove(name)
                 self._link.withdraw(name)
                 self._on_event(f"{name} has been away for {GRACE_S:g} s; going on without it")
 
@@ -126,6 +111,13 @@ class SuperLinkExchange:
         return what, name
 
 
+def _understood(message: "Message") -> Reply:
+    try:
+        return decode_reply(message)
+    except WireError as error:
+        return Reply(error=f"reply not understood: {error}")
+
+
 def _listen(host: str, port: int) -> socket.socket:
     try:
         return listen(host, port)
@@ -133,4 +125,6 @@ def _listen(host: str, port: int) -> socket.socket:
         if error.errno == errno.EADDRINUSE:
             raise FederationError(f"port {port} on {host} is taken. Choose another with --port.") from None
         reason = error.strerror or error
-        raise FederationError(f"cannot listen on {address(host, port)}: {reason}. Choose another with --host.") from None
+        raise FederationError(
+            f"cannot listen on {address(host, port)}: {reason}. Choose another with --host."
+        ) from None

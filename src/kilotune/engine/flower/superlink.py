@@ -7,40 +7,32 @@ content inline instead of as objects to be fetched one by one; and TLS bytes are
 """
 
 import asyncio
-import contextlib
 import logging
 import queue
 import secrets
 import socket
 import threading
 import time
-from base64 import b64encode
-from collections.abc import Awaitable, Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import uvicorn
 from flwr.app import Message
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.server.superlink.linkstate import InMemoryLinkState
-from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, NOOP_FEDERATION_ID, NodeStatus, TaskType
+from flwr.supercore.constant import NOOP_FEDERATION_ID, NodeStatus, TaskType
 from flwr.superlink.grid.inmemory_grid import InMemoryGrid
 from flwr.superlink.main import create_app
 
 from kilotune.core.errors import FederationError
-from kilotune.engine.flower.keys import ServerKeys, key_id
+from kilotune.engine.flower.gate import Asgi, Gate
+from kilotune.engine.flower.keys import ServerKeys
 from kilotune.engine.flower.messages import Request, encode_request
-from kilotune.engine.flower.traffic import Meter, Relay, Wire, listen
+from kilotune.engine.flower.traffic import Meter, Relay, listen
 
-PULL, PUSH = "/v1/fleet/pull-messages", "/v1/fleet/push-messages"
-JOIN, LEAVE = "/v1/fleet/activate-node", "/v1/fleet/deactivate-node"
-CALLS = {PULL, PUSH, JOIN, LEAVE, "/v1/fleet/send-node-heartbeat"}
-KEY_HEADER = FLEET_HTTP_PUBLIC_KEY_HEADER.lower().encode()
-HOLD_S = 15.0  # below the 30 s after which common proxies give up
 START_S = 60.0
 
 Event = tuple[str, str]  # ("joined" | "left" | "replied", client name)
-Asgi = Callable[[Any, Any, Any], Awaitable[None]]
 
 
 class ResidentState(InMemoryLinkState):
@@ -49,13 +41,27 @@ class ResidentState(InMemoryLinkState):
     report: Callable[[str, int], None]
 
     def activate_node(self, node_id: int, heartbeat_interval: float) -> bool:
-        """A client killed and restarted is still online for Flower, which would refuse it for a minute."""
+        """A client killed and restarted is still online for Flower, which would refuse it for a minute.
+
+        What it had fetched and not answered is lost with its memory, so it may fetch it again.
+        """
         with self.lock:
             self.deactivate_node(node_id)
             done = super().activate_node(node_id, heartbeat_interval)
+            for message_id, message in self.message_ins_store.items():
+                answered = message_id in self.message_ins_id_to_message_res_id
+                if message.metadata.dst_node_id == node_id and not answered:
+                    message.metadata.delivered_at = ""
         if done:
             self.report("joined", node_id)
         return done
+
+    def add(self, public_key: bytes) -> int:
+        """A node for an enrolled key, at first offline: messages may wait for it before it has ever joined."""
+        node_id = self.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, public_key, HEARTBEAT_DEFAULT_INTERVAL)
+        super().activate_node(node_id, HEARTBEAT_DEFAULT_INTERVAL)
+        self.deactivate_node(node_id)
+        return node_id
 
     def get_message_ins(self, node_id: int, limit: int | None, *, run_id: int | None = None) -> list[Message]:
         """A poll is a sign of life, so a waiting client needs no heartbeats."""
@@ -103,86 +109,6 @@ class ResidentGrid(InMemoryGrid):
         self.state.delete_sessions_in_run(self.run.run_id)
 
 
-class Gate:
-    """The outermost ASGI layer: who and what may enter, how long a poll is held, whose bytes these are."""
-
-    def __init__(
-        self,
-        app: Asgi,
-        clients: dict[str, bytes],
-        meter: Meter,
-        waiting: Callable[[str], bool],
-        pushed: Callable[[str], None],
-    ) -> None:
-        self._app, self._meter, self._waiting, self._pushed = app, meter, waiting, pushed
-        self._keys = {key_id(key).encode(): (name, b64encode(key)) for name, key in clients.items()}
-        self._bells: dict[str, set[asyncio.Event]] = {}
-        self._closing = False
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answer one HTTP request."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        name = self._identify(scope)
-        wire = self._meter.wires.get(scope["client"][1])
-        if wire is None or name is None or scope["path"] not in CALLS:
-            await _refuse(send, b'{"detail": "not enrolled in this federation"}')
-            return
-        if scope["path"] == PULL:
-            await self._hold(name, wire)
-            if not wire.open:
-                return  # a message handed to a dead connection would be lost
-        useful = scope["path"] == PUSH
-
-        async def watch(message: Any) -> None:
-            nonlocal useful
-            if message["type"] == "http.response.start":
-                size = dict(message["headers"]).get(b"content-length", b"0")
-                ok = message["status"] == 200
-                useful = ok and (useful or (scope["path"] == PULL and size != b"0"))
-                self._meter.settle(wire, name, useful)
-            await send(message)
-
-        await self._app(scope, receive, watch)
-        if scope["path"] == PUSH:
-            self._pushed(name)  # now that its bytes are booked
-        elif scope["path"] == LEAVE:
-            self.ring(name)
-
-    def ring(self, name: str | None = None) -> None:
-        """Wake the held polls of one client, or of all."""
-        for owner, bells in self._bells.items():
-            if name in (None, owner):
-                for bell in bells:
-                    bell.set()
-
-    def close(self) -> None:
-        """Hold no poll any more."""
-        self._closing = True
-        self.ring()
-
-    async def _hold(self, name: str, wire: Wire) -> None:
-        bells = self._bells.setdefault(name, set())
-        bell = asyncio.Event()
-        bells.add(bell)  # before looking, so that no message can slip in between
-        try:
-            if wire.open and not self._closing and not self._waiting(name):
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(bell.wait(), HOLD_S)
-        finally:
-            bells.discard(bell)
-
-    def _identify(self, scope: Any) -> str | None:
-        """Whose key this is; Flower's layer gets the whole key and checks that the signature belongs to it."""
-        for index, (header, value) in enumerate(scope["headers"]):
-            if header == KEY_HEADER and value in self._keys:
-                name, key = self._keys[value]
-                scope["headers"][index] = (header, key)
-                return name
-        return None
-
-
 class SuperLink:
     """The running SuperLink. Its event loop lives in a thread; `events` tells what happens."""
 
@@ -190,12 +116,8 @@ class SuperLink:
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._app, self._state, self.grid = _flower()
         self._state.report = self._report
-        self.nodes = {
-            name: self._state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, HEARTBEAT_DEFAULT_INTERVAL)
-            for name, key in keys.clients.items()
-        }
+        self.nodes = {name: self._state.add(key) for name, key in keys.clients.items()}
         self._names = {node_id: name for name, node_id in self.nodes.items()}
-        self.joins = dict.fromkeys(self.nodes, 0)  # how often each client has joined
         self._outbox: dict[str, Message] = {}
         self._answered: set[str] = set()  # replies stored whose bytes are not booked yet
         self.meter = Meter(self._left)
@@ -218,26 +140,28 @@ class SuperLink:
             self._loop.call_soon_threadsafe(self._stopping.set)
             self._thread.join()
 
-    def send(self, name: str, request: Request) -> str | None:
-        """Put a request where the client's next poll finds it; None if the client has never joined."""
+    def send(self, name: str, request: Request) -> None:
+        """Put a request where the client's next poll finds it."""
         message_id = secrets.token_hex(32)
         message = encode_request(request, self.grid.run.run_id, self.nodes[name], message_id, time.time())
-        self._outbox[name] = message
         if not list(self.grid.push_messages([message])):
-            del self._outbox[name]
-            return None
+            raise FederationError(f"the SuperLink did not take a message for {name}.")
+        self._outbox[name] = message
         self._loop.call_soon_threadsafe(self._gate.ring, name)
-        return message_id
+
+    def take(self, name: str) -> list[Message]:
+        """The reply to the request last sent, if there is one; its request is withdrawn."""
+        message = self._outbox.get(name)
+        replies = list(self.grid.pull_messages([message.metadata.message_id])) if message else []
+        if replies:
+            self.withdraw(name)
+        return replies
 
     def withdraw(self, name: str) -> None:
         """Take an unanswered request back."""
         message = self._outbox.pop(name, None)
         if message is not None:
             self.grid.drop([message.metadata.message_id])
-
-    def delivered(self, name: str) -> bool:
-        """Whether the client has fetched the request last sent to it."""
-        return name in self._outbox and self._outbox[name].metadata.delivered_at != ""
 
     def online(self) -> set[str]:
         """Clients that are active for Flower and hold a connection."""
@@ -250,11 +174,10 @@ class SuperLink:
 
     def _report(self, what: str, node_id: int) -> None:
         name = self._names[node_id]
-        if what == "joined":
-            self.joins[name] += 1
-            self.events.put((what, name))
-        else:
+        if what == "replied":
             self._answered.add(name)
+        else:
+            self.events.put((what, name))
 
     def _pushed(self, name: str) -> None:
         if name in self._answered:
@@ -290,7 +213,7 @@ class SuperLink:
         await serving
 
     def _config(self) -> uvicorn.Config:
-        tls = {} if self._keys.insecure else {"ssl_keyfile": self._keys.key, "ssl_certfile": self._keys.certificate}
+        keys = self._keys
         return uvicorn.Config(
             self._gate,
             log_config=None,
@@ -302,7 +225,8 @@ class SuperLink:
             ws="none",
             timeout_keep_alive=3600,  # a client may train for long between two requests
             timeout_graceful_shutdown=1,
-            **tls,
+            ssl_keyfile=None if keys.insecure else keys.key,
+            ssl_certfile=None if keys.insecure else keys.certificate,
         )
 
 
@@ -325,9 +249,3 @@ def _flower() -> tuple[Asgi, ResidentState, ResidentGrid]:
     grid = ResidentGrid(factory)
     grid.set_run(run)
     return app, state, grid
-
-
-async def _refuse(send: Any, body: bytes) -> None:
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": 403, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,219 @@
+"""Compiled loops against plain NumPy, bit for bit, for awkward sizes, periods, laws and thread counts."""
+
+import numpy as np
+import pytest
+import torch
+
+from kilotune.core import _loops, kernels, noise, reference
+from kilotune.core._spec import CHUNK
+
+SIZES = (1, 2, 63, 64, 65, 1000, 2049, CHUNK + 17, 3 * CHUNK)
+PERIODS = (1, 2, 32, 64, 128, 4096)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request, monkeypatch):
+    """One and two threads, with spans of one chunk so that both really work on small tensors."""
+    monkeypatch.setattr(kernels, "_SPAN", CHUNK)
+    kernels.set_threads(request.param)
+    yield request.param
+    kernels.set_threads(None)
+
+
+def numbers(*path, size):
+    """Repeatable float32 numbers around 1 with a spread of exponents, so that every rounding shows."""
+    rng = np.random.default_rng([*path, size])
+    return (rng.standard_normal(size) * np.exp(rng.standard_normal(size))).astype(np.float32)
+
+
+def cancelling(*path, signs):
+    """Numbers whose sum after `signs` is small beside its terms: pairs ±1e12 in random places, the rest near 1.
+
+    The error of a float64 sum then shows in float32, and with it the order in which the sum was taken.
+    """
+    rng, x = np.random.default_rng([*path, signs.size]), numbers(*path, size=signs.size)
+    places = rng.permutation(signs.size)[: signs.size // 4 * 2]
+    large = (1e12 * rng.standard_normal(places.size // 2)).astype(np.float32)
+    x[places] = np.concatenate([large, -large])
+    return x * signs
+
+
+def same(a, b):
+    """Equal bits, so that -0 and +0 differ."""
+    return a.dtype == b.dtype == np.float32 and a.tobytes() == b.tobytes()
+
+
+@pytest.mark.parametrize("law", noise.LAWS)
+def test_noise_equals_the_reference(law):
+    """Kills: a vectorised loop that contracts a*b+c, a tail that is packed wrongly, a wrong word for a late start."""
+    for root in (0, 1, (1 << 64) - 1):
+        key = noise.stream_key(law, root, 3, "w")
+        for start, count in ((0, 1), (0, 70_001), (5, 4095), (64, 2048), (2**33 + 1, 300)):
+            assert same(kernels.fill(law, key, start, count), reference.fill(law, key, start, count)), (start, count)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_tiled_add_equals_the_reference(size, threads):
+    """Kills: a lost tail, a period that restarts at chunks, an addition order other than step by step."""
+    weight = numbers(1, size=size)
+    for period in PERIODS:
+        steps = [((root, 7), numbers(root, size=period)) for root in (5, 2**63 + 9, 6)]
+        expected = reference.tiled_add(weight, steps)
+        out = np.full_like(weight, np.nan)
+        kernels.tiled_add(weight, out, steps)
+        assert same(out, expected), period
+        in_place = weight.copy()
+        kernels.tiled_add(in_place, in_place, steps)
+        assert same(in_place, expected), period
+
+
+def test_many_steps_need_not_fit_into_one_pass(monkeypatch, threads):
+    """Kills: a second pass that starts again from the weight, or drops the last group."""
+    weight, out = numbers(2, size=1000), np.empty(1000, np.float32)
+    steps = [((k, k), numbers(k, size=64)) for k in range(7)]
+    monkeypatch.setattr(kernels, "_STEP_FLOATS", 3 * 64)
+    kernels.tiled_add(weight, out, steps)
+    assert same(out, reference.tiled_add(weight, steps))
+    kernels.tiled_add(weight, out, [])
+    assert same(out, weight)
+
+
+def test_tiled_add_is_the_formula_in_exact_arithmetic():
+    """w + s * u[i mod M] with integers, where float32 is exact. Kills: an error shared with the reference."""
+    for size, period in ((1000, 16), (5000, 512)):
+        weight, u = np.arange(size, dtype=np.float32), np.arange(1, period + 1, dtype=np.float32)
+        out = np.empty_like(weight)
+        kernels.tiled_add(weight, out, [(noise.stream_key("sign", 1, 0, "w"), u)])
+        s = noise.noise("sign", 1, 0, "w", 0, size)
+        assert out.tolist() == [weight[i] + s[i] * u[i % period] for i in range(size)]
+
+
+@pytest.mark.parametrize("size", [*SIZES, (1 << 21) + 17])
+def test_tiled_project_equals_the_reference(size, threads):
+    """Kills: partial sums in the order of threads, float32 accumulation, lanes of a short period left unfolded."""
+    g = numbers(3, size=size)
+    for period in PERIODS if size < 1 << 20 else (1, 4096):
+        assert same(kernels.tiled_project(g, (8, 9), period), reference.tiled_project(g, (8, 9), period)), period
+
+
+@pytest.mark.parametrize("law", noise.LAWS)
+def test_sums_are_taken_in_the_documented_order(law, monkeypatch):
+    """Kills: lanes or rows folded in another order, sums by span, pairwise sums, for any span and thread count."""
+    key = noise.stream_key(law, 1, 0, "w")
+    g = cancelling(10, signs=reference.fill(law, key, 0, 9 * CHUNK + 77))
+    expected = reference.seeds_project(g, law, [key, (1, 2)])
+    tiles = {period: reference.tiled_project(g, key, period) for period in (1, 4)}
+    for span in (CHUNK, 4 * CHUNK, 100 * CHUNK):
+        monkeypatch.setattr(kernels, "_SPAN", span)
+        assert same(kernels.seeds_project(g, law, [key, (1, 2)]), expected)
+        assert same(kernels.seeds_project(g, law, [key]), expected[:1])
+        for period, tile in tiles.items():
+            assert same(kernels.tiled_project(g, key, period), tile)
+
+
+def test_partial_sums_of_squares_equal_the_reference_in_float64():
+    """Before the rounding that hides them. Kills: lanes folded in another order, a lane lost at the tail."""
+    weight = numbers(11, size=2 * CHUNK + 77)
+    rows = _loops.squares(weight, 0, 3)[:, 0]
+    assert rows.tolist() == [reference.dot(part, part) for part in np.split(weight, (CHUNK, 2 * CHUNK))]
+
+
+def test_tiled_project_is_the_inner_product_rounded_once():
+    """|error| <= half an ulp of float32 plus what float64 sums lose. Kills: float32 partial sums."""
+    size, period = 300_000, 8
+    g, s = numbers(4, size=size), noise.noise("sign", 2, 0, "w", 0, size)
+    got = kernels.tiled_project(g, noise.stream_key("sign", 2, 0, "w"), period).astype(np.float64)
+    for j in range(period):
+        terms = (g[j::period] * s[j::period]).astype(np.float64)
+        exact = float(np.sum(terms.astype(np.longdouble)))
+        bound = 2.0**-24 * abs(exact) + terms.size * 2.0**-53 * float(np.abs(terms).sum())
+        assert abs(got[j] - exact) <= bound
+
+
+@pytest.mark.parametrize("law", noise.LAWS)
+def test_seeds_kernels_equal_the_reference(law, threads):
+    """Kills: directions summed out of order, a fused multiply-add, the sqrt(3) of the uniform law left out."""
+    for size in SIZES:
+        weight, keys = numbers(5, size=size), [noise.stream_key(law, 1, k, "w") for k in (0, 4, 7)]
+        coefs = np.array([0.3, -1e-3, 7.0], dtype=np.float32)
+        expected = reference.seeds_add(weight, law, keys, coefs)
+        out = np.full_like(weight, np.nan)
+        kernels.seeds_add(weight, out, law, keys, coefs)
+        assert same(out, expected), size
+        in_place = weight.copy()
+        kernels.seeds_add(in_place, in_place, law, keys, coefs)
+        assert same(in_place, expected), size
+        assert same(kernels.seeds_project(weight, law, keys), reference.seeds_project(weight, law, keys)), size
+
+
+@pytest.mark.parametrize("law", noise.LAWS)
+def test_seeds_kernels_are_the_formula_up_to_rounding(law):
+    """Against float64 sums of noise(). Kills: an error shared with the reference; a direction taken twice."""
+    size, count = 5000, 20
+    unit = 3**0.5 if law == "uniform" else 1.0
+    z = np.array([noise.noise(law, 3, k, "w", 0, size) for k in range(count)], dtype=np.float64) * unit
+    keys, coefs = [noise.stream_key(law, 3, k, "w") for k in range(count)], numbers(6, size=count)
+    weight, out = numbers(7, size=size), np.empty(size, np.float32)
+    kernels.seeds_add(weight, out, law, keys, coefs)
+    bound = (count + 3) * 2.0**-24 * (np.abs(coefs) @ np.abs(z) + np.abs(weight))
+    assert (np.abs(out - (weight + coefs @ z)) <= bound).all()
+    bound = 2.0**-22 * (np.abs(z) @ np.abs(weight))
+    assert (np.abs(kernels.seeds_project(weight, law, keys) - z @ weight) <= bound).all()
+
+
+def test_sqrt3_makes_the_uniform_law_of_variance_one():
+    """Kills: a scale of sqrt(3)^2 or of 1. E[z z] over 2^18 elements within five sigma of 1."""
+    z = np.zeros(1 << 18, np.float32)
+    kernels.seeds_add(z, z, "uniform", [(1, 2)], np.ones(1, np.float32))
+    assert abs(np.square(z.astype(np.float64)).mean() - 1) <= 5 * (0.8 / z.size) ** 0.5
+
+
+@pytest.mark.parametrize("size", [0, *SIZES, (1 << 21) + 17])
+def test_rms_equals_the_reference(size, threads):
+    """Kills: a sum split by thread, NumPy's pairwise order, float32 squares."""
+    weight = numbers(8, size=size)
+    assert kernels.rms(weight) == reference.rms(weight)
+    assert kernels.rms(torch.from_numpy(weight)) == reference.rms(weight)
+
+
+def test_rms_has_a_floor_and_keeps_nan():
+    """Kills: a zero tensor that can never move; NaN weights taken for zero."""
+    assert kernels.rms(np.zeros(100, np.float32)) == float(np.float32(1e-4))
+    assert kernels.rms(np.full(100, 1e-6, np.float32)) == float(np.float32(1e-4))
+    assert kernels.rms(np.full((4, 25), -0.5, np.float32)) == 0.5
+    assert np.isnan(kernels.rms(np.array([np.nan, 1.0], np.float32)))
+
+
+@pytest.mark.parametrize("size", [1, 2, 8, 64, 4096])
+def test_fwht_equals_the_reference_and_leaves_its_input(size):
+    """Kills: another order of butterflies (other roundings), sequency order, work in place."""
+    a = numbers(9, size=size)
+    before = a.copy()
+    assert same(kernels.fwht(a), reference.fwht(a))
+    assert same(a, before)
+
+
+def test_fwht_is_the_hadamard_matrix_in_natural_order():
+    """With integers, where float32 is exact. Kills: a wrong sign, a bit-reversed order; H H = M I as well."""
+    size = 64
+    hadamard = np.array([[(-1) ** (k & j).bit_count() for k in range(size)] for j in range(size)], dtype=np.float32)
+    a = np.arange(size, dtype=np.float32) - 20
+    assert np.array_equal(kernels.fwht(a), hadamard @ a)
+    assert np.array_equal(kernels.fwht(kernels.fwht(a)), size * a)
+
+
+def test_fwht_and_set_threads_refuse_what_they_cannot_do():
+    """Kills: an fwht that silently cuts or pads; zero threads that hang."""
+    for size in (0, 3, 100):
+        with pytest.raises(ValueError, match=f"got {size} numbers, expected a power of two"):
+            kernels.fwht(np.zeros(size, np.float32))
+    with pytest.raises(ValueError, match="got 0, expected at least 1"):
+        kernels.set_threads(0)
+
+
+def test_threads_follow_torch_unless_set():
+    """Kills: a setting that is ignored or that cannot be taken back."""
+    kernels.set_threads(3)
+    assert kernels.threads() == 3
+    kernels.set_threads(None)
+    assert kernels.threads() == torch.get_num_threads()
