@@ -1,5 +1,7 @@
 """Compiled loops against plain NumPy, bit for bit, for awkward sizes, periods, laws and thread counts."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -27,13 +29,13 @@ def numbers(*path, size):
 
 
 def cancelling(*path, signs):
-    """Numbers whose sum after `signs` is small beside its terms: pairs ±1e12 in random places, the rest near 1.
+    """Numbers whose sum after `signs` is small beside its terms: pairs ±1e15 in random places, the rest near 1.
 
     The error of a float64 sum then shows in float32, and with it the order in which the sum was taken.
     """
     rng, x = np.random.default_rng([*path, signs.size]), numbers(*path, size=signs.size)
     places = rng.permutation(signs.size)[: signs.size // 4 * 2]
-    large = (1e12 * rng.standard_normal(places.size // 2)).astype(np.float32)
+    large = (1e15 * rng.standard_normal(places.size // 2)).astype(np.float32)
     x[places] = np.concatenate([large, -large])
     return x * signs
 
@@ -88,6 +90,14 @@ def test_tiled_add_is_the_formula_in_exact_arithmetic():
         assert out.tolist() == [weight[i] + s[i] * u[i % period] for i in range(size)]
 
 
+def test_the_worked_example_of_the_specification():
+    """docs/wire.md, last lines. Kills: a document and a program that drift apart."""
+    key, out = noise.stream_key("sign", 1, 0, "w"), np.arange(8, dtype=np.float32)
+    assert kernels.tiled_project(out, key, 4).tolist() == [4, 6, 8, 4]
+    kernels.tiled_add(out, out, [(key, np.array([1, 2, 3, 4], np.float32))])
+    assert out.tolist() == [1, 3, 5, -1, 5, 7, 9, 11]
+
+
 @pytest.mark.parametrize("size", [*SIZES, (1 << 21) + 17])
 def test_tiled_project_equals_the_reference(size, threads):
     """Kills: partial sums in the order of threads, float32 accumulation, lanes of a short period left unfolded."""
@@ -96,26 +106,49 @@ def test_tiled_project_equals_the_reference(size, threads):
         assert same(kernels.tiled_project(g, (8, 9), period), reference.tiled_project(g, (8, 9), period)), period
 
 
-@pytest.mark.parametrize("law", noise.LAWS)
-def test_sums_are_taken_in_the_documented_order(law, monkeypatch):
-    """Kills: lanes or rows folded in another order, sums by span, pairwise sums, for any span and thread count."""
-    key = noise.stream_key(law, 1, 0, "w")
-    g = cancelling(10, signs=reference.fill(law, key, 0, 9 * CHUNK + 77))
-    expected = reference.seeds_project(g, law, [key, (1, 2)])
+def test_sums_are_taken_in_the_documented_order(monkeypatch, threads):
+    """Kills: rows folded in another order, sums by span, pairwise sums, for any span and thread count."""
+    key = noise.stream_key("sign", 1, 0, "w")
+    g = cancelling(10, signs=reference.fill("sign", key, 0, 9 * CHUNK + 77))
+    expected = reference.seeds_project(g, "sign", [key, (1, 2)])
     tiles = {period: reference.tiled_project(g, key, period) for period in (1, 4)}
     for span in (CHUNK, 4 * CHUNK, 100 * CHUNK):
         monkeypatch.setattr(kernels, "_SPAN", span)
-        assert same(kernels.seeds_project(g, law, [key, (1, 2)]), expected)
-        assert same(kernels.seeds_project(g, law, [key]), expected[:1])
+        assert same(kernels.seeds_project(g, "sign", [key, (1, 2)]), expected)
+        assert same(kernels.seeds_project(g, "sign", [key]), expected[:1])
         for period, tile in tiles.items():
             assert same(kernels.tiled_project(g, key, period), tile)
 
 
-def test_partial_sums_of_squares_equal_the_reference_in_float64():
+def test_partial_sums_equal_the_reference_in_float64():
     """Before the rounding that hides them. Kills: lanes folded in another order, a lane lost at the tail."""
-    weight = numbers(11, size=2 * CHUNK + 77)
-    rows = _loops.squares(weight, 0, 3)[:, 0]
-    assert rows.tolist() == [reference.dot(part, part) for part in np.split(weight, (CHUNK, 2 * CHUNK))]
+    g = numbers(11, size=2 * CHUNK + 77)
+    parts = [slice(0, CHUNK), slice(CHUNK, 2 * CHUNK), slice(2 * CHUNK, None)]
+    assert _loops.squares(g, 0, 3)[:, 0].tolist() == [reference.dot(g[part], g[part]) for part in parts]
+    keys = np.array([(3, 4), (5, 6)], np.uint64)
+    for code, law in enumerate(noise.LAWS):
+        z = [reference.unit(law, (int(k0), int(k1)), g.size) for k0, k1 in keys]
+        expected = [[reference.dot(zk[part], g[part]) for zk in z] for part in parts]
+        assert _loops.seeds_project(g, code, keys, 0, 3).tolist() == expected, law
+    signed = g.astype(np.float64) * reference.fill("sign", (3, 4), 0, g.size)
+    expected = reference.lane_sum(signed, 128, 1 << 20)
+    assert np.array_equal(_loops.tiled_project(g, keys, 128, 1 << 20, 0, 1)[0], expected)
+
+
+def test_results_come_in_the_order_of_the_spans_even_when_the_first_is_last():
+    """The first span waits until the last one is done. Kills: partial sums added as they are completed."""
+    done = threading.Event()
+
+    def work(first, last):
+        if last == 10:
+            done.set()
+        return first, last, first > 0 or done.wait(60)
+
+    kernels.set_threads(2)
+    try:
+        assert list(kernels._spans(work, 10, 3)) == [(0, 3, True), (3, 6, True), (6, 9, True), (9, 10, True)]
+    finally:
+        kernels.set_threads(None)
 
 
 def test_tiled_project_is_the_inner_product_rounded_once():

@@ -63,9 +63,10 @@ def test_parts_that_do_not_fit_name_both_and_a_working_pair(content, message):
 
 def test_a_setting_without_effect_is_an_error():
     """Kills: silently ignoring what the user wrote."""
-    assert "basis: has no effect with parametrization 'full'" in problems(
-        {"rounds": 1, "parametrization": "full", "basis": "tiled"}
-    )[0]
+    assert (
+        "basis: has no effect with parametrization 'full'"
+        in problems({"rounds": 1, "parametrization": "full", "basis": "tiled"})[0]
+    )
     assert problems({"steps": 4, "schedule": "all"}, "tune")[0].startswith("schedule: has no effect")
     assert problems({"steps": 4, "rounds": 4}, "federate")[0].startswith("steps: has no effect")
 

@@ -5,6 +5,7 @@ import json
 import sys
 import types
 
+import hypothesis
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -29,6 +30,8 @@ from kilotune.engine.data import (
 from kilotune.engine.tokenize import IGNORE, Example
 from kilotune.partition.field import ByField
 from kilotune.partition.iid import IID
+
+FIXED = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 RECORDS = [
     {"client": "b", "instruction": "é?", "input": "", "output": "1"},
@@ -269,7 +272,7 @@ def test_the_digest_sees_content_order_and_split_but_not_file_names():
 
 
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 5))
-@settings(max_examples=60, deadline=None)
+@FIXED
 def test_every_example_comes_once_per_epoch_and_batches_are_full(num_examples, batch_size, seed):
     """Kills: a ragged last batch; examples lost or repeated where epochs meet."""
     sampler = BatchSampler(num_examples, batch_size, seed)
@@ -304,8 +307,9 @@ def test_padding_is_right_masked_and_without_loss():
     assert {t.dtype for t in (batch.input_ids, batch.labels, batch.attention_mask)} == {torch.int64}
 
 
+@hypothesis.example([60, 1, 1], 100)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 200))
-@settings(max_examples=60, deadline=None)
+@FIXED
 def test_evaluation_batches_hold_every_example_once_within_the_budget(lengths, budget):
     """Kills: an example lost or repeated; a budget that forgets the padding; unsorted batches."""
     groups = evaluation_batches([example(length, 0) for length in lengths], budget)

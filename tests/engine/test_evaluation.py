@@ -1,6 +1,7 @@
 """Evaluation and generation: figures equal a slow one-by-one computation, whatever the batching."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -166,6 +167,21 @@ def test_streamed_pieces_join_to_the_generated_answer():
     for limit in (0, 1, 30):
         pieces = list(stream_tokens(model, tokenizer, prompt, max_new_tokens=limit, stop_ids=[2]))
         assert "".join(pieces) == generate(model, tokenizer, [prompt], limit, stop_ids=[2])[0]
+
+
+def test_half_a_character_is_never_shown():
+    """Kills: question marks that a terminal cannot take back; a last character swallowed."""
+    tokenizer = tiny_tokenizer()
+    text = "21 °C é"
+    script = iter([*tokenizer(text)["input_ids"], 2])
+
+    def says(**_):
+        logits = torch.zeros(1, 1, 300)
+        logits[0, 0, next(script)] = 1
+        return SimpleNamespace(past_key_values=None, logits=logits)
+
+    pieces = list(stream_tokens(says, tokenizer, [5], stop_ids=[2]))
+    assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
 
 
 def test_sampling_follows_its_generator_and_the_softmax():

@@ -95,6 +95,20 @@ def test_prompt_tuning_keeps_its_virtual_tokens():
     assert abs(float(got.detach()) - float(base.detach())) > 1e-3
 
 
+def test_an_adapter_that_works_in_pefts_forward_is_never_gone_past():
+    """Kills: going past it because it changed nothing when it was new (activated LoRA finds its tokens in forward)."""
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], alora_invocation_tokens=[5])
+    model, batch = get_peft_model(tiny_llama(), config).eval(), tiny_batch()
+    batch.input_ids[:, 2] = 5
+    answer_loss(model, batch)
+    for param in (p for p in model.parameters() if p.requires_grad):
+        param.data = torch.linspace(-1, 1, param.numel()).view(param.shape)
+    expected = plain(model, batch)
+    torch.testing.assert_close(answer_loss(model, batch), expected, atol=0, rtol=1e-5)
+    with model.disable_adapter():
+        assert abs(float(plain(model, batch)) - float(expected)) > 1e-3
+
+
 def test_capped_logits_stay_capped():
     """Kills: head(body(x)) for a model that caps its logits afterwards (Gemma 2)."""
     with torch.random.fork_rng():

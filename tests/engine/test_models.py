@@ -1,7 +1,7 @@
 """Base models: what is found, what is refused, that float32 is what one gets, and that the digest means the weights."""
 
+import fcntl
 import json
-import os
 import threading
 
 import numpy as np
@@ -248,27 +248,24 @@ def test_a_folder_is_built_once_by_many_at_a_time(tmp_path):
     assert len(built) == 1 and seen == [["one", "two"]] * 4
 
 
-def test_two_processes_build_one_folder(tmp_path):
-    """Kills: a lock that holds within one process only."""
+def test_the_lock_is_held_while_building(tmp_path):
+    """Kills: two processes that convert one model at once."""
 
     def build(stage):
-        with open(tmp_path / "log", "a") as file:
-            file.write("x")
-        (stage / "done").write_text("1")
+        with open(tmp_path / "made.lock") as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        (stage / "done").write_text("")
 
-    go, children = os.pipe(), []
-    for _ in range(2):
-        child = os.fork()
-        if child == 0:
-            os.close(go[1])
-            os.read(go[0], 1)  # returns when the parent closes its end: both start together
-            build_folder(tmp_path / "made", build)
-            os._exit(0)
-        children.append(child)
-    os.close(go[1])
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
-    os.close(go[0])
-    assert (tmp_path / "log").read_text() == "x" and (tmp_path / "made" / "done").exists()
+    build_folder(tmp_path / "made", build)
+    assert (tmp_path / "made" / "done").exists()
+    with open(tmp_path / "made.lock") as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_what_another_process_built_meanwhile_is_taken(tmp_path, monkeypatch):
+    """Kills: a second build by the one who waited for the lock."""
+    monkeypatch.setattr(cache.fcntl, "flock", lambda *_: (tmp_path / "made").mkdir())
+    build_folder(tmp_path / "made", lambda stage: pytest.fail("built again"))
 
 
 def test_a_build_that_fails_leaves_nothing_and_an_old_folder_stays(tmp_path):

@@ -15,7 +15,9 @@ Override = Annotated[
     list[str],
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one value, e.g. optimizer.lr=1e-3. Repeatable."),
 ]
-Output = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Run folder; an unfinished one is resumed.")]
+Output = Annotated[
+    Path, typer.Option("--output", "-o", metavar="DIR", help="Run folder; an unfinished one is resumed.")
+]
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file (YAML), or the name of a shipped one.")]
 
 
@@ -43,7 +45,7 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) 
 
 
 def _numeric(text: str) -> bool:
-    return not text or text[0].isdigit() or text[0] in "+-" and text[1:2].isdigit()
+    return not text or text[0].isdigit() or (text[0] in "+-" and text[1:2].isdigit())
 
 
 def say(line: str) -> None:

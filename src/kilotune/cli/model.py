@@ -131,4 +131,8 @@ def _export(target: str, output: Path, to: str, base: str | None, format: str) -
 
     with Display(None, "") as emit:
         result = write(target, output, to, base, emit)
-    show(result, format, lambda: say(f"wrote {result['folder']} (weights {result['digest'][:16]}); it was re-read and checked"))
+    show(
+        result,
+        format,
+        lambda: say(f"wrote {result['folder']} (weights {result['digest'][:16]}); it was re-read and checked"),
+    )

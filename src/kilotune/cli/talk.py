@@ -8,7 +8,13 @@ Turn = dict[str, str]
 
 
 def answer_once(
-    target: str, prompt: str, compare: bool, system: str | None, temperature: float, max_new_tokens: int, base: str | None
+    target: str,
+    prompt: str,
+    compare: bool,
+    system: str | None,
+    temperature: float,
+    max_new_tokens: int,
+    base: str | None,
 ) -> dict[str, Any]:
     """One question, one answer (two with `compare`)."""
     from kilotune.engine.talking import Talker

@@ -17,7 +17,9 @@ def register(app: typer.Typer) -> None:
     app.command()(client)
 
 
-def tune(recipe: RecipeName, overrides: Override = [], output: Output = Path("runs/tune"), format: Format = "text") -> None:
+def tune(
+    recipe: RecipeName, overrides: Override = [], output: Output = Path("runs/tune"), format: Format = "text"
+) -> None:
     """Fine-tune on this machine, with its own data."""
     from kilotune.cli.display import Display
     from kilotune.engine.compose import compose
@@ -92,9 +94,13 @@ def server_run(
 def client(
     join: Annotated[Path, typer.Argument(metavar="JOIN_FILE", help="The file the server's owner gave you.")],
     data: Annotated[str, typer.Option("--data", "-d", help="Your rows: file, folder or hub id. They stay here.")],
-    recipe: Annotated[str, typer.Option("--recipe", "-r", help="Recipe you agreed on; the server must use the same.")] = "kilotune",
+    recipe: Annotated[
+        str, typer.Option("--recipe", "-r", help="Recipe you agreed on; the server must use the same.")
+    ] = "kilotune",
     overrides: Override = [],
-    only: Annotated[str | None, typer.Option("--only", help="Use only rows whose field `client` has this value.")] = None,
+    only: Annotated[
+        str | None, typer.Option("--only", help="Use only rows whose field `client` has this value.")
+    ] = None,
     output: Output = Path("runs/client"),
     wait: Annotated[float, typer.Option(help="Seconds to wait for the server to appear.")] = 60.0,
     format: Format = "text",

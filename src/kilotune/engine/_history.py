@@ -1,4 +1,4 @@
-"""History: what a run's events say, each round, step and evaluation once (one redone after a crash counts as redone)."""
+"""History: what a run's events say; a round, step or evaluation redone after a crash counts once, as redone."""
 
 import math
 from dataclasses import dataclass, field
@@ -44,7 +44,7 @@ class History:
             elif kind == "step":
                 steps[event["step"]] = event
             elif kind == "evaluation":
-                evaluations[event.get("round", event.get("step", 0))] = event
+                evaluations[event["round"] if "round" in event else event["step"]] = event
             elif kind == "clients":
                 self._rows.update(event["rows"])
             elif kind == "client":

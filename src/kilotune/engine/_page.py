@@ -16,14 +16,14 @@ body { margin: 0 auto; max-width: 1080px; padding: 28px 20px 56px; background: v
 h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 4px; overflow-wrap: anywhere; }
 h2 { font-size: 1.2rem; margin: 40px 0 12px; }
 p { margin: 0 0 10px; max-width: 72ch; }
-.lead, .note, figcaption span, dt, caption { color: var(--muted); }
-.note, caption { font-size: .875rem; }
+.lead, .note, figcaption span, dt { color: var(--muted); }
+.note { font-size: .875rem; }
 .warn { background: var(--warn-bg); color: var(--warn); border-left: 4px solid currentColor; padding: 10px 14px;
   margin: 14px 0; max-width: none; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(152px, 1fr)); gap: 10px; margin: 22px 0 0; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(168px, 1fr)); gap: 10px; margin: 22px 0 0; }
 .cards div { background: var(--soft); border-radius: 8px; padding: 11px 13px; }
 .cards dt { font-size: .8125rem; }
-.cards dd { margin: 2px 0 0; font-size: 1.2rem; font-weight: 600; line-height: 1.25;
+.cards dd { margin: 2px 0 0; font-size: 1.15rem; font-weight: 600; line-height: 1.25;
   font-variant-numeric: tabular-nums; }
 .cards dd small { display: block; font-size: .8125rem; font-weight: 400; color: var(--muted); }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); gap: 28px 32px; }
@@ -35,29 +35,32 @@ svg text { font-size: 12px; fill: var(--text); font-variant-numeric: tabular-num
 svg .tick { fill: var(--muted); }
 svg .middle { text-anchor: middle; } svg .end { text-anchor: end; }
 svg .label { font-weight: 600; font-size: 13px; } svg .small { font-size: 12px; font-weight: 400; }
+svg .label { paint-order: stroke; stroke: var(--bg); stroke-width: 3px; stroke-linejoin: round; }
 svg .grid { stroke: var(--line); stroke-width: 1; } svg .zero { stroke: var(--muted); stroke-width: 1; }
 svg polyline { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
 svg polyline.c1, svg line.c1 { stroke: var(--c1); } svg polyline.c2 { stroke: var(--c2); }
 svg polyline.faint { stroke: var(--muted); stroke-width: 1; opacity: .5; }
 svg line.thick { stroke-width: 3; opacity: .45; }
-svg circle.c1, svg rect.c1, svg text.c1 { fill: var(--c1); } svg circle.c2, svg rect.c2, svg text.c2 { fill: var(--c2); }
+svg circle.c1, svg rect.c1, svg text.c1 { fill: var(--c1); }
+svg circle.c2, svg rect.c2, svg text.c2 { fill: var(--c2); }
 svg circle.hollow { fill: var(--bg); stroke: var(--c1); stroke-width: 2; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; min-width: 50%; }
-caption { text-align: left; padding: 0 0 6px; }
 th, td { padding: 5px 18px 5px 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
 thead th { color: var(--muted); font-weight: 500; white-space: nowrap; vertical-align: bottom; }
 tbody th { font-weight: 500; }
-.n { text-align: right; white-space: nowrap; }
-.facts { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 4px 18px; margin: 0; font-size: .9375rem; }
+.n { text-align: right; } .n, .short { white-space: nowrap; } .long { min-width: 240px; }
+.facts { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 4px 18px; margin: 0;
+  font-size: .9375rem; }
 .facts dd { margin: 0; overflow-wrap: anywhere; }
 code, pre { font: .875rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 pre { background: var(--soft); border-radius: 8px; padding: 12px 14px; overflow-x: auto; margin: 6px 0 14px; }
 details { margin: 14px 0; } summary { cursor: pointer; font-weight: 600; margin-bottom: 8px; }
 footer { margin-top: 44px; font-size: .875rem; color: var(--muted); }
 @media (max-width: 520px) { body { padding: 18px 14px 40px; } h1 { font-size: 1.4rem; }
-  .cards { grid-template-columns: 1fr 1fr; } .facts { grid-template-columns: 1fr; } .facts dd { margin-bottom: 6px; }
-  svg text { font-size: 14px; } svg .label { font-size: 15px; } svg .small { font-size: 14px; } }
+  .cards { grid-template-columns: 1fr 1fr; } .cards dd { font-size: 1rem; }
+  .facts { grid-template-columns: 1fr; } .facts dd { margin-bottom: 6px; }
+  svg text { font-size: 13px; } svg .label { font-size: 13.5px; } svg .small { font-size: 13px; } }
 @media print { body { max-width: none; padding: 0; font-size: 11pt; } .charts { grid-template-columns: 1fr 1fr; }
   figure, .cards div, tr { break-inside: avoid; } h2 { break-after: avoid; } pre { white-space: pre-wrap; }
   .scroll { overflow: visible; } details::details-content { content-visibility: visible; display: block; } }
@@ -76,6 +79,10 @@ def page(title: str, body: str) -> str:
 
 def section(heading: str, body: str) -> str:
     return f"<section><h2>{escape(heading)}</h2>\n{body}</section>\n" if body else ""
+
+
+def heading(text: str) -> str:
+    return f"<h1>{escape(text)}</h1>\n"
 
 
 def note(text: str, style: str = "note") -> str:
@@ -111,13 +118,13 @@ def table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], 
     )
     body = ""
     for row in rows:
-        cells = [f'<th scope="row">{escape(cell_text(row[0]))}</th>']
+        cells = [f'<th scope="row"{_align(0, text_columns)}>{escape(cell_text(row[0]))}</th>']
         cells += [
             f"<td{_align(index, text_columns)}>{escape(cell_text(cell))}</td>" for index, cell in enumerate(row[1:], 1)
         ]
         body += f"<tr>{''.join(cells)}</tr>\n"
     return (
-        f'<div class="scroll"><table><caption>{escape(caption)}</caption>'
+        f'{note(caption)}<div class="scroll"><table aria-label="{escape(caption)}">'
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>\n"
     )
 
@@ -136,8 +143,21 @@ def cell_text(cell: Cell) -> str:
         return "–"
     if isinstance(cell, int):
         return f"{cell:,}"
-    return f"{cell:.3f}" if isinstance(cell, float) else cell
+    return number(cell) if isinstance(cell, float) else cell
+
+
+def number(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
 
 
 def _align(index: int, text_columns: int) -> str:
-    return ' class="n"' if index >= text_columns else ""
+    """Numbers to the right; of several text columns only the last may be long and wrap."""
+    if index >= text_columns:
+        return ' class="n"'
+    if text_columns == 1:
+        return ""
+    return ' class="short"' if index + 1 < text_columns else ' class="long"'

@@ -5,9 +5,11 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 
 WIDTH, HEIGHT = 480, 264
-LEFT, RIGHT, TOP, BOTTOM = 48, 116, 12, 40
+LEFT, TOP, BOTTOM = 48, 12, 40
+LETTER = 7.7  # width of a bold letter of an end label, on the generous side
 MAX_MARKS = 40
 LABEL_GAP = 15
 NAME_LENGTH = 18
@@ -17,7 +19,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Series:
-    """A line. `style` is a CSS class (c1, c2, faint); an empty label draws the line without naming it."""
+    """A line. `style` is a CSS class: c1, c2, or faint for a background line without end label."""
 
     label: str
     points: Sequence[Point]
@@ -81,11 +83,16 @@ def line_chart(
     marks_y = tuple(t for t in marks_y if top is None or t <= top)
     marks_x = ticks(min(xs), max(xs), 6, whole_x)
     right = max(xs) if max(xs) > min(xs) else marks_x[-1]
-    x = Axis(tuple(t for t in marks_x if min(xs) <= t <= right), min(xs), right, LEFT, WIDTH - RIGHT)
+    named = [s for s in series if s.style != "faint"]
+    labels = [f"{value(s.points[-1][1])} {s.label}".strip() for s in named]
+    edge = WIDTH - 12 - LETTER * max(map(len, labels), default=0)
+    x = Axis(tuple(t for t in marks_x if min(xs) <= t <= right), min(xs), right, LEFT, edge)
     y = Axis(marks_y, marks_y[0], max(marks_y[-1], max(ys)), HEIGHT - BOTTOM, TOP)
     body = _frame(x, y, x_label) + "".join(_line(s, x, y, x_label, value) for s in series)
-    body += _end_labels([s for s in series if s.label], y, value)
-    return _svg(title, "; ".join(_told(s, value) for s in series if s.label), body)
+    heights = _spread([y.at(s.points[-1][1]) for s in named])
+    for line, label, height in zip(named, labels, heights, strict=True):
+        body += _text(x.end + 8, height + 4, label, f"label {line.style}")
+    return _svg(title, "; ".join(_told(s, value) for s in named), body)
 
 
 def mirror_bars(title: str, up: Sequence[Point], down: Sequence[Point], x_label: str, unit: str) -> str:
@@ -94,9 +101,12 @@ def mirror_bars(title: str, up: Sequence[Point], down: Sequence[Point], x_label:
         return ""
     xs = sorted({x for x, _ in [*up, *down]})
     high, low = max((v for _, v in up), default=0.0), max((v for _, v in down), default=0.0)
-    marks_y = ticks(-low, high if high + low > 0 else 1.0)
+    marks_y = ticks(-low, high if high + low > 0 else 1.0, 8)
     marks_x = tuple(t for t in ticks(xs[0], xs[-1], 6, whole=True) if xs[0] <= t <= xs[-1])
-    x = Axis(marks_x, xs[0] - 0.5, xs[-1] + 0.5, LEFT, WIDTH - RIGHT)
+    last = {w: next((v for at, v in reversed(p) if at == xs[-1]), 0.0) for w, p in (("up", up), ("down", down))}
+    labels = [f"{word} {amount:,.1f} {unit}" for word, amount in last.items()]
+    edge = WIDTH - 12 - LETTER * max(map(len, labels))
+    x = Axis(marks_x, xs[0] - 0.5, xs[-1] + 0.5, LEFT, edge)
     y = Axis(marks_y, marks_y[0], marks_y[-1], HEIGHT - BOTTOM, TOP)
     slot = (x.end - x.start) / (xs[-1] - xs[0] + 1)
     width = min(slot * (0.72 if slot > 3 else 1.0), 28.0)
@@ -109,10 +119,9 @@ def mirror_bars(title: str, up: Sequence[Point], down: Sequence[Point], x_label:
                 f'height="{ends[1] - ends[0]:.1f}"><title>{x_label} {at:g}: {amount:.2f} {unit} {word}</title></rect>'
             )
     body += f'<line class="zero" x1="{x.start}" x2="{x.end}" y1="{y.at(0):.1f}" y2="{y.at(0):.1f}"/>'
-    last = {w: next((v for at, v in reversed(p) if at == xs[-1]), 0.0) for w, p in (("up", up), ("down", down))}
     heights = _spread([y.at(high / 2), y.at(-low / 2)])
-    for height, style, word in zip(heights, ("c1", "c2"), ("up", "down"), strict=True):
-        body += _text(x.end + 8, height + 4, f"{word} {last[word]:,.1f} {unit}", f"label {style}")
+    for height, style, label in zip(heights, ("c1", "c2"), labels, strict=True):
+        body += _text(x.end + 8, height + 4, label, f"label {style}")
     told = f"last {x_label}: {last['up']:.2f} {unit} up, {last['down']:.2f} {unit} down"
     return _svg(title, told, body)
 
@@ -175,18 +184,10 @@ def _line(series: Series, x: Axis, y: Axis, x_label: str, value: Callable[[float
     return body
 
 
-def _end_labels(series: Sequence[Series], y: Axis, value: Callable[[float], str]) -> str:
-    heights = _spread([y.at(s.points[-1][1]) for s in series])
-    return "".join(
-        _text(WIDTH - RIGHT + 8, height + 4, f"{value(s.points[-1][1])} {s.label}", f"label {s.style}")
-        for s, height in zip(series, heights, strict=True)
-    )
-
-
 def _spread(heights: list[float]) -> list[float]:
     """Move labels apart, keeping their order, so that none covers another."""
     order = sorted(range(len(heights)), key=lambda i: heights[i])
-    for above, below in zip(order, order[1:], strict=False):
+    for above, below in pairwise(order):
         overlap = LABEL_GAP - (heights[below] - heights[above])
         if overlap > 0:
             heights[above] -= overlap / 2
@@ -196,7 +197,8 @@ def _spread(heights: list[float]) -> list[float]:
 
 def _told(series: Series, value: Callable[[float], str]) -> str:
     first, last = series.points[0], series.points[-1]
-    return f"{series.label}: {value(first[1])} at {first[0]:g}, {value(last[1])} at {last[0]:g}"
+    name = f"{series.label}: " if series.label else ""
+    return f"{name}{value(first[1])} at {first[0]:g}, {value(last[1])} at {last[0]:g}"
 
 
 def _text(x: float, y: float, content: str, style: str) -> str:

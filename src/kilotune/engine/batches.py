@@ -21,9 +21,9 @@ def _order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
 class BatchSampler:
     """Endless shuffled epochs that can be entered at any step.
 
-    The permutations of the epochs form one endless sequence, cut into batches: every example comes once per epoch
-    and a batch may hold the end of one epoch and the start of the next. A batch larger than the data is cut down to
-    it, so no example stands twice in a batch by design of the sizes alone.
+    The permutations of the epochs form one endless sequence, cut into batches: every example comes once per epoch,
+    and a batch may hold the end of one epoch and the start of the next. A batch size above the number of examples
+    is cut down to it: one step never passes over the data more than once.
     """
 
     def __init__(self, num_examples: int, batch_size: int, seed: int) -> None:

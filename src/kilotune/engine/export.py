@@ -42,7 +42,7 @@ def export_model(model: nn.Module, base: Base, folder: Path) -> None:
         here, there = (weights_digest(dict(m.named_parameters())) for m in (whole, again))
         if here != there:
             raise ModelError(f"{folder}: the written weights differ from those in memory. Nothing was exported.")
-        _compare(_logits(whole, tokens), _logits(again, tokens), RELOAD_BOUND, f"{folder}: re-read", "in memory")
+        _compare(_logits(whole, tokens), _logits(again, tokens), RELOAD_BOUND, f"{folder}: re-read", "the original")
 
 
 def export_peft(model: nn.Module, base: Base, folder: Path) -> None:
@@ -59,7 +59,7 @@ def export_peft(model: nn.Module, base: Base, folder: Path) -> None:
             fresh = read_model(base.name, base.path).requires_grad_(False)
             again = type(tuned).from_pretrained(fresh, str(stage))
         again.eval()
-        _compare(_logits(tuned, tokens), _logits(again, tokens), RELOAD_BOUND, f"{folder}: re-read adapter", "trained")
+        _compare(_logits(tuned, tokens), _logits(again, tokens), RELOAD_BOUND, f"{folder}: re-read", "the original")
 
 
 def merged(model: nn.Module) -> nn.Module:
@@ -76,7 +76,7 @@ def merged(model: nn.Module) -> nn.Module:
     except (AttributeError, NotImplementedError, TypeError, ValueError, RuntimeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"peft method {kind!r} cannot be merged ({lines[0]}). Use --to peft.") from None
-    _compare(before, _logits(whole, tokens), MERGE_BOUND, f"merged {kind}", "adapter")
+    _compare(before, _logits(whole, tokens), MERGE_BOUND, f"merged {kind}", "the original")
     return whole
 
 

@@ -26,7 +26,7 @@ from kilotune.engine.files import read_tensors, write_tensors
 from kilotune.engine.flower.messages import Exchange, Reply, Request
 from kilotune.engine.ledger import Contribution, Ledger
 from kilotune.engine.replica import Replica, coordinates
-from kilotune.engine.worker import MEMBERS_BYTES, peak_rss
+from kilotune.engine.worker import peak_rss
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -133,7 +133,9 @@ class Federation:
         chosen = self.plan.schedule.sample(number, roster, stream(self.plan.recipe.seed, "schedule", number))
         progress = (number - 1) / (self.plan.recipe.rounds or 1)
         requests = {
-            c: self._request("train", c, {"round": number, "progress": progress, "group": self.plan.group_of(c, roster)})
+            c: self._request(
+                "train", c, {"round": number, "progress": progress, "group": self.plan.group_of(c, roster)}
+            )
             for c in chosen
         }
         self._count_down(requests)
@@ -174,7 +176,11 @@ class Federation:
         known = self._known.get(client, 0)
         parts = [record.members + payload for record, payload in self.ledger.since(known)]
         extra: dict[str, Any] = {"first": known + 1}
-        if kind == "train" and isinstance(self.plan.aggregation, SeedSum) and self.plan.aggregation.selection == "amplitude":
+        if (
+            kind == "train"
+            and isinstance(self.plan.aggregation, SeedSum)
+            and self.plan.aggregation.selection == "amplitude"
+        ):
             chances = probabilities(self._states["aggregation"], self.plan.num_directions)
             parts.append(pack_probabilities(chances))
             extra["probabilities"] = True

@@ -133,7 +133,9 @@ class Ledger:
                 ledger.records.append(record)
                 ledger._payloads.append(payload)
         except (ValueError, TypeError, KeyError, IndexError) as error:
-            raise WireError(f"{path}: cut or foreign, line {len(ledger.records) + 2 if lines else 1}: {error}") from None
+            raise WireError(
+                f"{path}: cut or foreign, line {len(ledger.records) + 2 if lines else 1}: {error}"
+            ) from None
         except FileNotFoundError as error:
             raise WireError(f"{error.filename}: missing, so the run cannot be replayed.") from None
         return ledger

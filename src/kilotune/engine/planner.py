@@ -17,7 +17,9 @@ from kilotune.engine.tokenize import Example
 from kilotune.engine.worker import MEMBERS_BYTES, micro_batches, peak_rss
 
 FLOAT = 4
-ACTIVATIONS_PER_HIDDEN = 34  # float32 numbers kept per token, layer and hidden unit; Korthikanti et al. 2205.05198, eq. 1
+ACTIVATIONS_PER_HIDDEN = (
+    34  # float32 numbers kept per token, layer and hidden unit; Korthikanti et al. 2205.05198, eq. 1
+)
 
 
 @dataclass(frozen=True)
@@ -128,5 +130,3 @@ def _probe(plan: Plan, replica: Replica, work: Workload) -> float:
     trainable.rollback()
     evaluate(replica.model, replica.base.tokenizer, work.longest[:8], max_new_tokens=4)
     return seconds
-
-

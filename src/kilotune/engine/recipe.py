@@ -24,7 +24,9 @@ class DataSection(Section):
 
 
 class EvaluationSection(Section):
-    every: int = Field(0, ge=0, description="rounds (federate) or steps (tune) between evaluations; 0: before and after")
+    every: int = Field(
+        0, ge=0, description="rounds (federate) or steps (tune) between evaluations; 0: before and after"
+    )
     limit: int | None = Field(200, ge=1, description="evaluation rows at most, spread evenly over the clients")
     generate: bool = Field(True, description="also generate answers (exact match, ROUGE-L); false: loss only")
     max_new_tokens: int = Field(48, ge=1, description="tokens generated per row at most")

@@ -11,8 +11,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from kilotune.core.errors import WireError
-from kilotune.core.types import SeedUpdate, TensorUpdate, Update, WireContext
 from kilotune.core.trainable import Trainable
+from kilotune.core.types import SeedUpdate, TensorUpdate, Update, WireContext
 from kilotune.engine.compose import Plan
 from kilotune.engine.files import read_tensors, write_tensors
 from kilotune.engine.models import Base, weights_digest
@@ -24,9 +24,7 @@ class Replica:
     def __init__(self, base: Base, plan: Plan) -> None:
         self.base = base
         self.plan = plan
-        self.trainable: Trainable = plan.parametrization.attach(
-            base.model, basis=plan.basis, seed=plan.recipe.seed
-        )
+        self.trainable: Trainable = plan.parametrization.attach(base.model, basis=plan.basis, seed=plan.recipe.seed)
         self.round = 0
         self.shapes = {name: tuple(value.shape) for name, value in self.trainable.wire.items()}
 

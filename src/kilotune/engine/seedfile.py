@@ -62,5 +62,3 @@ def read(path: Path) -> Ledger:
     if not path.is_file():
         raise WireError(f"{path}: no such seed file.")
     return unpack(path.read_bytes(), str(path))
-
-

@@ -104,7 +104,9 @@ def evaluator(plan: Plan, emit: Emit) -> Callable[[Replica, list[Example]], Eval
             replica.base.tokenizer,
             examples,
             max_new_tokens=settings.max_new_tokens if settings.generate else 0,
-            progress=lambda done, total: emit({"event": "progress", "what": "evaluating", "done": done, "total": total}),
+            progress=lambda done, total: emit(
+                {"event": "progress", "what": "evaluating", "done": done, "total": total}
+            ),
         )
 
     return measure
@@ -144,7 +146,13 @@ def federate(plan: Plan, output: Path, emit: Emit, alone: bool = False) -> dict[
         emit({"event": "clients", "rows": {name: len(worker.train) for name, worker in workers.items()}})
         exchange = LocalExchange({name: worker.handle for name, worker in workers.items()})
         federation = Federation(
-            plan, replica, ledger, exchange, output, emit, lambda r: measure(r, held_out) if held_out else measure(r, [])
+            plan,
+            replica,
+            ledger,
+            exchange,
+            output,
+            emit,
+            lambda r: measure(r, held_out) if held_out else measure(r, []),
         )
         reports = federation.run()
         return finish(run, plan, federation, reports, len(workers), time.monotonic() - started)
@@ -235,7 +243,11 @@ def write_outputs(run: RunFolder, plan: Plan, replica: Replica, ledger: Ledger |
 def tune(plan: Plan, output: Path, emit: Emit) -> dict[str, Any]:
     """One machine alone; returns the summary."""
     if plan.parametrization.uses_basis:
-        return {**federate(as_federation(plan), output, emit, alone=True), "command": "tune", "steps": plan.recipe.steps}
+        return {
+            **federate(as_federation(plan), output, emit, alone=True),
+            "command": "tune",
+            "steps": plan.recipe.steps,
+        }
     started = time.monotonic()
     run = RunFolder(output)
     with run.locked():

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor, nn
 
+from kilotune.core.trainable import Trainable
 from kilotune.core.types import Batch, State
 from kilotune.engine.loss import answer_loss
 from kilotune.estimator import Estimator, Objective
 from kilotune.optimizer import Optimizer
-from kilotune.core.trainable import Trainable
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,9 @@ from kilotune.format import Turn
 class Talker:
     """A tuned model and, to compare, its base."""
 
-    def __init__(self, target: str, base_name: str | None, compare: bool, temperature: float, max_new_tokens: int) -> None:
+    def __init__(
+        self, target: str, base_name: str | None, compare: bool, temperature: float, max_new_tokens: int
+    ) -> None:
         self._tuned = open_tuned(target, base_name)
         self._base = load_base(base_name or self._tuned.base.name, writable=False) if compare else None
         self._temperature, self._max_new_tokens = temperature, max_new_tokens

@@ -10,8 +10,8 @@ from typing import Any
 
 from kilotune.core.errors import RunError
 from kilotune.core.rng import derive, stream
-from kilotune.engine.compose import Plan
 from kilotune.engine.batches import BatchSampler
+from kilotune.engine.compose import Plan
 from kilotune.engine.evaluation import EvaluationReport
 from kilotune.engine.files import read_tensors, write_tensors
 from kilotune.engine.replica import Replica

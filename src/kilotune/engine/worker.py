@@ -16,8 +16,8 @@ from kilotune import __version__
 from kilotune.core.errors import FederationError, KilotuneError, WireError
 from kilotune.core.rng import derive, stream
 from kilotune.core.types import Batch, SeedUpdate, State, Update, WireContext
-from kilotune.engine.compose import Plan
 from kilotune.engine.batches import BatchSampler, collate
+from kilotune.engine.compose import Plan
 from kilotune.engine.evaluation import EvaluationReport
 from kilotune.engine.files import read_tensors, write_bytes, write_tensors
 from kilotune.engine.flower.messages import Reply, Request

@@ -1,9 +1,8 @@
-"""The in-process exchange: order, errors, deadline."""
+"""The in-process exchange: order, errors."""
 
 import pytest
 from flwr.serverapp import Grid
 
-from kilotune.engine.flower import local
 from kilotune.engine.flower.local import LocalExchange, LocalGrid
 from kilotune.engine.flower.messages import Reply, Request
 
@@ -28,34 +27,27 @@ def test_clients_are_called_one_after_another_in_order_of_name():
     assert exchange.traffic() is None
 
 
-def test_a_handler_that_raises_becomes_an_error_reply_and_the_others_go_on():
-    """Kills: one bad client ending the round."""
+def test_errors_of_one_client_leave_the_others_alone_and_bugs_end_the_run():
+    """Kills: one bad client ending the round; a bug of ours that passes for a lost client."""
 
     def fails(request):
-        raise ValueError("row 7 is empty")
+        return Reply(error="row 7 is empty")
 
-    def silent(request):
-        raise KeyboardInterrupt
+    def broken(request):
+        raise ValueError("a bug")
 
     exchange = LocalExchange({"bad": fails, "good": lambda request: Reply({"ok": True})})
     replies = dict(exchange.exchange({"bad": Request("train"), "good": Request("train")}))
-    assert replies["bad"].error == "ValueError: row 7 is empty"
+    assert replies["bad"].error == "row 7 is empty"
     assert replies["good"] == Reply({"ok": True})
-    with pytest.raises(KeyboardInterrupt):  # Ctrl-C is not a client's error
-        list(LocalExchange({"x": silent}).exchange({"x": Request("train")}))
+    with pytest.raises(ValueError, match="a bug"):
+        list(LocalExchange({"x": broken}).exchange({"x": Request("train")}))
 
 
-def test_after_the_deadline_no_further_client_is_asked(monkeypatch):
-    """Kills: ignoring deadline_s."""
-    clock = [0.0]
-    monkeypatch.setattr(local.time, "monotonic", lambda: clock[0])
-
-    def slow(request):
-        clock[0] += 6.0
-        return Reply()
-
-    exchange = LocalExchange(dict.fromkeys("abc", slow))
-    assert [name for name, _ in exchange.exchange(dict.fromkeys("abc", Request("train")), 10.0)] == ["a", "b"]
+def test_a_slow_client_is_no_reason_to_leave_the_others_out():
+    """Kills: a simulated run that depends on the speed of the machine."""
+    exchange = LocalExchange(dict.fromkeys("abc", lambda request: Reply()))
+    assert [name for name, _ in exchange.exchange(dict.fromkeys("abc", Request("train")), 0.0)] == ["a", "b", "c"]
 
 
 def test_a_handler_cannot_change_the_request_of_another():

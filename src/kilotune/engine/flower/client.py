@@ -17,7 +17,6 @@ from flwr.app import Message
 from kilotune.core.errors import FederationError, WireError
 from kilotune.engine.flower.fleet import AwayError, FleetLink, ForgottenError, RefusedError
 from kilotune.engine.flower.keys import JoinFile
-from kilotune.engine.flower.local import safely
 from kilotune.engine.flower.messages import Handler, Reply, Request, decode_request, encode_reply
 
 HEARTBEAT_S = 20.0
@@ -107,7 +106,7 @@ class _Loop:
             reply = self._last[1]
         else:
             with self._beating():
-                reply = safely(self._handler, request)
+                reply = _safely(self._handler, request)
             self._last = (request, reply) if reply.error is None else None
         self._push(_encode(reply, message))
         return request.kind == "finish" and reply.error is None
@@ -169,3 +168,11 @@ def _encode(reply: Reply, message: Message) -> Message:
         return encode_reply(reply, message)
     except WireError as error:
         return encode_reply(Reply(error=f"reply cannot be sent: {error}"), message)
+
+
+def _safely(handler: Handler, request: Request) -> Reply:
+    """Call the handler; what it raises becomes the error of the reply, so that the server hears of it."""
+    try:
+        return handler(request)
+    except Exception as error:
+        return Reply(error=f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)

@@ -1,0 +1,122 @@
+"""The report's tables: clients, what went wrong, socket bytes, and every number behind the charts."""
+
+import json
+from typing import Any
+
+from kilotune.core.units import human_seconds
+from kilotune.engine._history import FAILURES, Event, History, Part, reading
+from kilotune.engine._page import Cell, details, percent, table
+
+MAX_ROWS = 200
+MAX_STEPS = 1500
+
+
+def clients_table(parts: dict[str, Part], history: History) -> str:
+    if not parts or history.alone or history.steps:
+        return ""
+    columns: list[tuple[str, list[Cell]]] = [
+        ("client", list(parts)),
+        ("rows", [p.rows for p in parts.values()]),
+        ("rounds", [p.rounds for p in parts.values()]),
+        ("training loss", [p.loss for p in parts.values()]),
+        ("loss before", [reading(p.before, "loss") for p in parts.values()]),
+        ("loss after", [reading(p.after, "loss") for p in parts.values()]),
+        ("exact match before", [_percent(p.before, "exact_match") for p in parts.values()]),
+        ("exact match after", [_percent(p.after, "exact_match") for p in parts.values()]),
+        ("bytes up", [p.up_bytes for p in parts.values()]),
+        ("seconds", [f"{p.seconds:.1f}" for p in parts.values()]),
+        ("failures", [p.failures for p in parts.values()]),
+    ]
+    kept = [(name, cells) for name, cells in columns if any(cell is not None for cell in cells)]
+    rows = [list(row) for row in zip(*(cells for _, cells in kept), strict=True)]
+    more = f" The first {MAX_ROWS:,} of {len(rows):,}; metrics.jsonl has all." if len(rows) > MAX_ROWS else ""
+    caption = (
+        "Loss and exact match: the client's held-out rows. Bytes up: payload of all rounds it took part in." + more
+    )
+    return table(caption, [name for name, _ in kept], rows[:MAX_ROWS])
+
+
+def incidents_table(history: History) -> str:
+    rows: list[list[Cell]] = [
+        [
+            human_seconds(max(0.0, float(e.get("time", history.start)) - history.start)),
+            str(e["round"]) if "round" in e else "–",
+            str(e["client"]),
+            FAILURES[e["status"]],
+            str(e.get("why") or ""),
+        ]
+        for e in history.incidents
+    ]
+    more = f" The last {MAX_ROWS:,} of {len(rows):,}." if len(rows) > MAX_ROWS else ""
+    caption = "Rounds went on without them. Time since the run began." + more
+    return table(caption, ["after", "round", "client", "what", "why"], rows[-MAX_ROWS:], text_columns=5)
+
+
+def socket_table(socket: Any) -> str:
+    """Whatever the transport counted: one row per client when it is a dict of dicts."""
+    if not isinstance(socket, dict) or not socket:
+        return ""
+    inner = {name: counts if isinstance(counts, dict) else {"bytes": counts} for name, counts in socket.items()}
+    keys = list(dict.fromkeys(key for counts in inner.values() for key in counts))
+    rows: list[list[Cell]] = [[str(name), *(_plain(counts.get(key)) for key in keys)] for name, counts in inner.items()]
+    caption = (
+        "What crossed each client's connection in bytes, framing and encryption included. Idle: joining, waiting, "
+        "heartbeats, refused requests."
+    )
+    return table(caption, ["client", *(str(key).replace("_", " ") for key in keys)], rows)
+
+
+def _plain(value: Any) -> Cell:
+    return value if value is None or isinstance(value, str | int | float) else json.dumps(value)
+
+
+def all_figures(history: History, unit: str) -> str:
+    """The numbers behind the charts, for reading without them."""
+    return details(f"Every {unit}", _every_round(history) + _every_step(history)) + details(
+        "Every evaluation", _every_evaluation(history, unit)
+    )
+
+
+def _every_round(history: History) -> str:
+    rows: list[list[Cell]] = []
+    total = 0
+    for r in history.rounds:
+        total += r["up_bytes"] + r["down_bytes"]
+        of = f"{r['clients']} of {r['asked']}"
+        rows.append([r["round"], of, reading(r, "loss"), r["up_bytes"], r["down_bytes"], total, f"{r['seconds']:.2f}"])
+    columns = ["round", "clients", "training loss", "bytes up", "bytes down", "bytes so far", "seconds"]
+    caption = "Payload bytes of the rounds; evaluations and the hand-over of the last round are not among them."
+    return table(caption, columns, rows)
+
+
+def _every_step(history: History) -> str:
+    stride = -(-len(history.steps) // MAX_STEPS) or 1
+    rows: list[list[Cell]] = [
+        [s["step"], reading(s, "loss"), s["tokens"], f"{s['seconds']:.2f}"] for s in history.steps[::stride]
+    ]
+    caption = f"Every {stride}th step; metrics.jsonl has all." if stride > 1 else "Tokens: those that carry loss."
+    return table(caption, ["step", "training loss", "tokens", "seconds"], rows)
+
+
+def _every_evaluation(history: History, unit: str) -> str:
+    rows: list[list[Cell]] = []
+    for number, event in history.evaluations.items():
+        overall = event["overall"]
+        rows.append(
+            [
+                number,
+                reading(overall, "loss"),
+                reading(overall, "perplexity"),
+                _percent(overall, "exact_match"),
+                _percent(overall, "rouge_l"),
+                overall.get("num_examples"),
+                history.payload_until(number) if history.rounds else None,
+            ]
+        )
+    columns = [f"after {unit}", "loss", "perplexity", "exact match", "ROUGE-L", "rows", "payload bytes so far"]
+    return table("On held-out rows; 0 is the base.", columns, rows)
+
+
+def _percent(figures: Event, key: str) -> str | None:
+    value = reading(figures, key)
+    return None if value is None else percent(value)

@@ -1,0 +1,267 @@
+"""Rounds: what a federation computes, and that nothing an interruption does can change it."""
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from federating import CLIENTS, content, plan, quiet, write_rows
+from kilotune.core.errors import FederationError, RunError, WireError
+from kilotune.engine import seedfile
+from kilotune.engine.compose import build
+from kilotune.engine.federation import Federation
+from kilotune.engine.flower.local import LocalExchange
+from kilotune.engine.ledger import Ledger
+from kilotune.engine.measure import replay
+from kilotune.engine.models import load_base
+from kilotune.engine.replica import Replica
+from kilotune.engine.session import encode_rows, evaluator, federate, header, split_rows
+from kilotune.engine.step import BatchObjective
+from kilotune.engine.worker import Worker, micro_batches
+from tiny import save_tiny
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(base, data, tmp_path_factory):
+    """Three rounds of the default recipe, nothing in the way."""
+    folder = tmp_path_factory.mktemp("run") / "out"
+    summary = federate(plan(base, data, "kilotune", "rounds=3"), folder, quiet)
+    return folder, summary
+
+
+def test_the_loss_falls_and_the_summary_keeps_its_contract(undisturbed):
+    """Kills: a round that sends, adds and changes nothing."""
+    _, summary = undisturbed
+    assert summary["eval"]["after"]["loss"] < summary["eval"]["before"]["loss"]
+    assert summary["rounds"] == 3
+    assert summary["clients"] == 3
+    for key in ("digest", "payload_up_bytes_per_client_round", "payload_down_bytes_per_client_round", "seconds"):
+        assert summary[key]
+    assert set(summary["eval"]["after"]) >= {"loss", "exact_match", "rouge_l", "num_examples"}
+
+
+def test_equal_inputs_give_equal_digests_whatever_the_threads(base, data, tmp_path, undisturbed):
+    """Kills: global random state; a reduction split by threads."""
+    _, summary = undisturbed
+    for threads in (1, 2):
+        again = federate(plan(base, data, "kilotune", "rounds=3", f"threads={threads}"), tmp_path / str(threads), quiet)
+        assert again["digest"] == summary["digest"]
+
+
+def test_one_round_of_one_full_batch_sgd_step_is_the_centralised_step(base, data, tmp_path):
+    """Kills: wrong client weights, wrong signs, averaging gradients of unequal clients equally."""
+    recipe = plan(
+        base, data, "fedavg_full", "rounds=1", "local_steps=1", "batch_size=100", "optimizer={name: sgd, lr: 0.1}",
+        "uplink={name: dense, dtype: fp32}", "downlink={name: dense, dtype: fp32}", "aggregation.weighting=equal",
+    )
+    summary = federate(recipe, tmp_path / "run", quiet)
+    loaded = load_base(str(base), writable=True)
+    rows = split_rows(recipe, alone=False)
+    params = loaded.parameters()
+    for param in params.values():
+        param.requires_grad_(True)
+    replica = Replica(loaded, recipe)
+    total = torch.zeros(())
+    for members in rows.clients.values():
+        examples = encode_rows(recipe, loaded, members, "", quiet)
+        objective = BatchObjective(loaded.model, micro_batches(examples, recipe, replica))
+        total = total + sum(part() for part in objective.parts()) / len(rows.clients)
+    grads = torch.autograd.grad(total, list(params.values()))
+    run_base = load_base(str(base), writable=True)
+    federated = Replica(run_base, recipe)
+    federated.apply(1, Ledger.load(tmp_path / "run").payload(1))
+    assert federated.digest() == summary["digest"]
+    for (name, param), grad in zip(params.items(), grads, strict=True):
+        expected = param.detach() - 0.1 * grad
+        torch.testing.assert_close(run_base.parameters()[name].data, expected, atol=2e-6, rtol=2e-5)
+
+
+class Killed(BaseException):
+    """Stands for kill -9: no handler in the product catches it."""
+
+
+@pytest.mark.parametrize("moment", ["client 1", "client 2", "commit 1", "commit 2", "evaluation 0"])
+def test_a_killed_run_resumes_to_the_digest_of_an_undisturbed_one(base, data, tmp_path, undisturbed, moment):
+    """Kills: state that is only in memory; state saved for a round that was never committed."""
+    _, summary = undisturbed
+    recipe = plan(base, data, "kilotune", "rounds=3")
+    what, number = moment.split()
+
+    def dying(event):
+        at = int(number)
+        if event["event"] == what and event.get("round") == at and event.get("client", "bob") == "bob":
+            raise Killed
+        if what == "commit" and event["event"] == "round" and event["round"] == at:
+            raise Killed
+
+    with pytest.raises(Killed):
+        federate(recipe, tmp_path / "run", dying)
+    again = federate(recipe, tmp_path / "run", quiet)
+    assert again["digest"] == summary["digest"]
+    assert again["ledger_head"] == summary["ledger_head"]
+    assert again["eval"]["before"] == summary["eval"]["before"] or what == "evaluation"
+
+
+def test_error_feedback_and_moments_survive_a_kill(base, data, tmp_path):
+    """Kills: residuals or optimizer state that restart from zero, or that advance twice for one round."""
+    settings = ["rounds=3", "basis.refresh=run", "keep_optimizer=true", "server_optimizer={name: sgd, lr: 0.7, momentum: 0.5}"]
+    recipe = plan(base, data, "kilotune", *settings)
+    whole = federate(recipe, tmp_path / "whole", quiet)
+
+    def dying(event):
+        if event["event"] == "client" and event.get("round") == 2 and event["client"] == "bob":
+            raise Killed
+
+    with pytest.raises(Killed):
+        federate(recipe, tmp_path / "cut", dying)
+    assert federate(recipe, tmp_path / "cut", quiet)["digest"] == whole["digest"]
+    fresh = federate(plan(base, data, "kilotune", "rounds=3", "basis.refresh=run"), tmp_path / "fresh", quiet)
+    assert fresh["digest"] != whole["digest"]  # the settings above really were in use
+
+
+def test_replay_and_seed_file_rebuild_the_run_bit_for_bit(base, undisturbed):
+    """Kills: a ledger that does not determine the weights."""
+    folder, summary = undisturbed
+    for source in (folder, folder / "final.seed"):
+        result = replay(source, None, quiet)
+        assert result["digest"] == summary["digest"]
+        assert result["verified"] is True
+        assert result["rounds"] == 3
+    assert (folder / "final.seed").stat().st_size < 6000
+
+
+def test_a_ledger_on_another_base_is_refused(tmp_path, undisturbed):
+    """Kills: rebuilding on the wrong weights without a word."""
+    folder, _ = undisturbed
+    other = save_tiny(tmp_path / "other", seed=9)
+    with pytest.raises(WireError, match="these rounds stand on"):
+        replay(folder, str(other), quiet)
+
+
+def test_another_recipe_or_a_second_process_in_the_same_folder_is_refused(base, data, tmp_path, undisturbed):
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed[0], folder)
+    with pytest.raises(RunError, match="follows recipe"):
+        federate(plan(base, data, "kilotune", "rounds=3", "optimizer.lr=0.5"), folder, quiet)
+
+
+def independent(name: str, recipe, base: Path, folder: Path) -> Worker:
+    """A client as a process of its own would be: own base, own replica, keeps what it receives."""
+    loaded = load_base(str(base), writable=True)
+    rows = split_rows(recipe, alone=False).clients[name]
+    replica = Replica(loaded, recipe)
+    examples = encode_rows(recipe, loaded, rows, name, quiet)
+    genesis = header(recipe, loaded).hash
+    return Worker(name, replica, genesis, examples, [], evaluator(recipe, quiet), folder / name, keeps_rounds=True)
+
+
+class Coming(LocalExchange):
+    """Clients come and go: `present(round)` names who is there."""
+
+    def __init__(self, workers, ledger, present):
+        super().__init__({name: worker.handle for name, worker in workers.items()})
+        self._ledger, self._present = ledger, present
+
+    def roster(self):
+        return [c for c in super().roster() if c in self._present(len(self._ledger) + 1)]
+
+    def exchange(self, requests, deadline_s=None):
+        here = self.roster()
+        yield from super().exchange({c: r for c, r in requests.items() if c in here}, deadline_s)
+
+
+def test_late_absent_and_faithful_clients_end_with_equal_weights(base, data, tmp_path):
+    """A joins in round 5, B misses rounds 3-6, C was always there; by difference, by full replay, by checkpoint."""
+    recipe = plan(base, data, "kilotune", "rounds=8")
+    workers = {name: independent(name, recipe, base, tmp_path) for name in CLIENTS}
+    loaded = load_base(str(base), writable=True)
+    server = Replica(loaded, recipe)
+    ledger = Ledger.open(tmp_path / "server", header(recipe, loaded))
+
+    def present(number):
+        late = {"ada"} if number >= 5 else set()
+        absent = set() if 3 <= number <= 6 else {"bob"}
+        return late | absent | {"cyd"}
+
+    exchange = Coming(workers, ledger, present)
+    Federation(recipe, server, ledger, exchange, tmp_path / "server", quiet).run()
+    assert [len(r.contributions) for r in ledger.records] == [2, 2, 1, 1, 2, 2, 3, 3]
+    digests = {name: worker.replica.digest() for name, worker in workers.items()}
+    assert set(digests.values()) == {server.digest()}
+    restarted = independent("bob", recipe, base, tmp_path)  # full replay of what it kept
+    assert restarted.round == 8
+    assert restarted.replica.digest() == server.digest()
+    server.save(tmp_path / "checkpoint.safetensors", ledger.head)
+    newcomer = Replica(load_base(str(base), writable=True), recipe)
+    assert newcomer.load(tmp_path / "checkpoint.safetensors") == ledger.head
+    assert newcomer.round == 8
+    assert newcomer.digest() == server.digest()
+
+
+def test_a_client_with_another_recipe_or_base_is_refused_with_both_ids(base, data, tmp_path):
+    recipe = plan(base, data, "kilotune")
+    other = plan(base, data, "kilotune", "optimizer.lr=0.5")
+    worker = independent("ada", other, base, tmp_path)
+    loaded = load_base(str(base), writable=True)
+    events = []
+    ledger = Ledger(header(recipe, loaded))
+    federation = Federation(recipe, Replica(loaded, recipe), ledger, LocalExchange({"ada": worker.handle}), tmp_path, events.append)
+    with pytest.raises(FederationError, match="no client of 1 could join"):
+        federation.run()
+    (refusal,) = [e for e in events if e.get("status") == "refused"]
+    assert recipe.id in refusal["why"]
+    assert other.id in refusal["why"]
+
+
+@pytest.mark.parametrize("spoil", [lambda p: p[:-3], lambda p: b"XYZ1" + p[4:], lambda p: b"", lambda p: p + b"\0"])
+def test_a_cut_or_foreign_payload_is_refused_and_the_round_goes_on(base, data, tmp_path, spoil):
+    """Kills: one bad client ending the run; a bad payload entering the mean."""
+    from kilotune.engine.flower.messages import Reply
+
+    recipe = plan(base, data, "kilotune", "rounds=1")
+    workers = {name: independent(name, recipe, base, tmp_path) for name in CLIENTS}
+    loaded = load_base(str(base), writable=True)
+    ledger = Ledger(header(recipe, loaded))
+
+    def liar(request):
+        reply = workers["bob"].handle(request)
+        if request.kind != "train":
+            return reply
+        return Reply(reply.body, (spoil(reply.payloads[0]),))
+
+    handlers = {"ada": workers["ada"].handle, "bob": liar, "cyd": workers["cyd"].handle}
+    events = []
+    Federation(recipe, Replica(loaded, recipe), ledger, LocalExchange(handlers), tmp_path / "s", events.append).run()
+    assert [c.client for c in ledger.records[0].contributions] == ["ada", "cyd"]
+    (refused,) = [e for e in events if e.get("status") == "error"]
+    assert refused["client"] == "bob"
+
+
+def test_payloads_recorded_are_the_bytes_that_were_sent(base, data, tmp_path):
+    """Kills: accounting by formula instead of len(payload)."""
+    folder = tmp_path / "run"
+    summary = federate(plan(base, data, "kilotune"), folder, quiet)
+    ledger = Ledger.load(folder)
+    down = sum(32 + len(ledger.payload(r)) for r in (1, 2)) * 3
+    assert summary["payload_down_bytes_per_client_round"] == pytest.approx(down / 6, abs=0.06)
+    for contribution in ledger.records[0].contributions:
+        assert len(contribution.payload_sha256) == len(hashlib.sha256().hexdigest())
+
+
+def test_a_round_needs_min_clients(base, data, tmp_path):
+    raw = content(base, data, "kilotune", "min_clients=4")
+    with pytest.raises(FederationError, match="min_clients is 4"):
+        federate(build(raw, "federate"), tmp_path / "run", quiet)
+    assert seedfile.MAGIC == b"KTS1"

@@ -1,0 +1,55 @@
+"""Small federations for tests: a tiny model in a folder, rows of three clients, and a plan with overrides."""
+
+import json
+from pathlib import Path
+
+from kilotune.engine.compose import Plan, build, override, read
+
+CLIENTS = ("ada", "bob", "cyd")
+WORDS = ("on", "off", "up", "down", "hot", "cold")
+
+
+def write_rows(path: Path, per_client: int = 12, clients: tuple[str, ...] = CLIENTS) -> Path:
+    """Each client has its own requests; the answers are a word or two."""
+    lines = []
+    for c, client in enumerate(clients):
+        for n in range(per_client):
+            row = {
+                "client": client,
+                "instruction": f"{client} {WORDS[n % 6]} {n}",
+                "input": "",
+                "output": f"{WORDS[(n + c) % 6]}{c}",
+                "task": WORDS[n % 3],
+                "split": "test" if n % 4 == 3 else "train",
+            }
+            lines.append(json.dumps(row))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def content(base: Path, data: Path, recipe: str = "kilotune", *assignments: str) -> dict:
+    """A shipped recipe, made small enough for the tiny model."""
+    small = [
+        f"base={base}",
+        f"data.path={data}",
+        "batch_size=4",
+        "evaluation.generate=false",
+        "data.max_length=64",
+    ]
+    raw = read(recipe)
+    if "basis" in raw:
+        small.append("basis.size=64")
+    if "rounds" in raw:
+        small += ["rounds=2", "local_steps=2"]
+    else:
+        small += ["steps=4"] + (["local_steps=2"] if "basis" in raw else [])
+    return override(raw, [*small, *assignments])
+
+
+def plan(base: Path, data: Path, recipe: str = "kilotune", *assignments: str) -> Plan:
+    raw = content(base, data, recipe, *assignments)
+    return build(raw, "tune" if raw.get("steps") else "federate")
+
+
+def quiet(event: dict) -> None:
+    """An `emit` for runs nobody watches."""
