@@ -75,6 +75,7 @@ class Display:
         self._flush_same()
         if self._live is not None:
             self._activity, self._within = "", None
+            self._marks.clear()
             self._live.stop()
             self._live = None
 

@@ -18,7 +18,11 @@ def charts(history: History, parts: dict[str, Part], unit: str) -> str:
     by_bytes = bool(history.rounds) and not history.alone
     title = f"Loss by {unit}"
     lines = [*_training(history, unit), Series("held-out", loss, "c1")]
-    below = "Training: last local step, mean of the clients" if unit == "round" else "Training: the steps' batches, and means"
+    below = (
+        "Training: last local step, mean of the clients"
+        if unit == "round"
+        else "Training: the steps' batches, and means"
+    )
     drawn = figure(title, below, line_chart(title, lines, unit, number, whole_x=True))
     if by_bytes:
         drawn += _by_payload(history, "Held-out loss", loss, number)

@@ -110,9 +110,12 @@ def figure(caption: str, below: str, svg: str) -> str:
 
 
 def table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], text_columns: int = 1) -> str:
-    """A table whose first column names the row; columns after `text_columns` are numbers, aligned right."""
+    """A table whose first column names the row; columns after `text_columns` are numbers, aligned right.
+    A column without any value is left out."""
     if not rows:
         return ""
+    kept = [index for index in range(len(columns)) if any(row[index] is not None for row in rows)]
+    columns, rows = [columns[index] for index in kept], [[row[index] for index in kept] for row in rows]
     head = "".join(
         f'<th scope="col"{_align(index, text_columns)}>{escape(name)}</th>' for index, name in enumerate(columns)
     )
@@ -124,7 +127,7 @@ def table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], 
         ]
         body += f"<tr>{''.join(cells)}</tr>\n"
     return (
-        f'{note(caption)}<div class="scroll"><table aria-label="{escape(caption)}">'
+        f'{note(caption)}<div class="scroll"><table>'
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>\n"
     )
 

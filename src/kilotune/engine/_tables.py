@@ -9,31 +9,45 @@ from kilotune.engine._page import Cell, details, percent, table
 
 MAX_ROWS = 200
 MAX_STEPS = 1500
+CLIENT_COLUMNS = (
+    "client",
+    "rows",
+    "rounds",
+    "training loss",
+    "loss before",
+    "loss after",
+    "exact match before",
+    "exact match after",
+    "bytes up",
+    "seconds",
+    "failures",
+)
 
 
 def clients_table(parts: dict[str, Part], history: History) -> str:
     if not parts or history.alone or history.steps:
         return ""
-    columns: list[tuple[str, list[Cell]]] = [
-        ("client", list(parts)),
-        ("rows", [p.rows for p in parts.values()]),
-        ("rounds", [p.rounds for p in parts.values()]),
-        ("training loss", [p.loss for p in parts.values()]),
-        ("loss before", [reading(p.before, "loss") for p in parts.values()]),
-        ("loss after", [reading(p.after, "loss") for p in parts.values()]),
-        ("exact match before", [_percent(p.before, "exact_match") for p in parts.values()]),
-        ("exact match after", [_percent(p.after, "exact_match") for p in parts.values()]),
-        ("bytes up", [p.up_bytes for p in parts.values()]),
-        ("seconds", [f"{p.seconds:.1f}" for p in parts.values()]),
-        ("failures", [p.failures for p in parts.values()]),
+    rows: list[list[Cell]] = [
+        [
+            client,
+            part.rows,
+            part.rounds,
+            part.loss,
+            reading(part.before, "loss"),
+            reading(part.after, "loss"),
+            _percent(part.before, "exact_match"),
+            _percent(part.after, "exact_match"),
+            part.up_bytes,
+            f"{part.seconds:.1f}",
+            part.failures,
+        ]
+        for client, part in parts.items()
     ]
-    kept = [(name, cells) for name, cells in columns if any(cell is not None for cell in cells)]
-    rows = [list(row) for row in zip(*(cells for _, cells in kept), strict=True)]
     more = f" The first {MAX_ROWS:,} of {len(rows):,}; metrics.jsonl has all." if len(rows) > MAX_ROWS else ""
     caption = (
         "Loss and exact match: the client's held-out rows. Bytes up: payload of all rounds it took part in." + more
     )
-    return table(caption, [name for name, _ in kept], rows[:MAX_ROWS])
+    return table(caption, CLIENT_COLUMNS, rows[:MAX_ROWS])
 
 
 def incidents_table(history: History) -> str:
@@ -82,11 +96,15 @@ def _every_round(history: History) -> str:
     total = 0
     for r in history.rounds:
         total += r["up_bytes"] + r["down_bytes"]
-        of = f"{r['clients']} of {r['asked']}"
-        rows.append([r["round"], of, reading(r, "loss"), r["up_bytes"], r["down_bytes"], total, f"{r['seconds']:.2f}"])
+        took = f"{r['seconds']:.2f}"
+        if history.alone:
+            rows.append([r["round"], None, reading(r, "loss"), None, None, None, took])
+        else:
+            clients = f"{r['clients']} of {r['asked']}"
+            rows.append([r["round"], clients, reading(r, "loss"), r["up_bytes"], r["down_bytes"], total, took])
     columns = ["round", "clients", "training loss", "bytes up", "bytes down", "bytes so far", "seconds"]
     caption = "Payload bytes of the rounds; evaluations and the hand-over of the last round are not among them."
-    return table(caption, columns, rows)
+    return table("" if history.alone else caption, columns, rows)
 
 
 def _every_step(history: History) -> str:
@@ -110,7 +128,7 @@ def _every_evaluation(history: History, unit: str) -> str:
                 _percent(overall, "exact_match"),
                 _percent(overall, "rouge_l"),
                 overall.get("num_examples"),
-                history.payload_until(number) if history.rounds else None,
+                history.payload_until(number) if history.rounds and not history.alone else None,
             ]
         )
     columns = [f"after {unit}", "loss", "perplexity", "exact match", "ROUGE-L", "rows", "payload bytes so far"]

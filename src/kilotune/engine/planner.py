@@ -69,11 +69,13 @@ def payload_bytes(plan: Plan, numel: dict[str, int], clients: int) -> dict[str, 
     size, steps = plan.num_directions, plan.recipe.local_steps
     plans = [plan.for_group(i) for i in range(-1, len(plan.recipe.clients))]
     shares = [max(0.0, 1 - sum(g.share for g in plan.recipe.clients)), *(g.share for g in plan.recipe.clients)]
+    bound = plan.uplink.method_name() == "projection"  # its budgets follow the norms of the change: an upper bound
     up = sum(
-        share * p.uplink.predict_bytes(numel, p.recipe.local_steps) for share, p in zip(shares, plans, strict=True)
+        share * p.uplink.predict_bytes(numel, 0 if bound else p.recipe.local_steps)
+        for share, p in zip(shares, plans, strict=True)
     )
     taking_part = min(clients, getattr(plan.schedule, "clients_per_round", clients))
-    pairs = size * (1 - (1 - 1 / size) ** (steps * taking_part)) if size else 0  # distinct directions drawn
+    pairs = 0.0 if bound or not size else size * (1 - (1 - 1 / size) ** (steps * taking_part))  # distinct directions
     record = MEMBERS_BYTES + plan.downlink.predict_bytes(numel, round(pairs))
     down = record * clients / taking_part  # in the end everybody holds every round
     if isinstance(plan.aggregation, SeedSum) and plan.aggregation.selection == "amplitude":
