@@ -63,8 +63,16 @@ def test_equal_inputs_give_equal_digests_whatever_the_threads(base, data, tmp_pa
 def test_one_round_of_one_full_batch_sgd_step_is_the_centralised_step(base, data, tmp_path):
     """Kills: wrong client weights, wrong signs, averaging gradients of unequal clients equally."""
     recipe = plan(
-        base, data, "fedavg_full", "rounds=1", "local_steps=1", "batch_size=100", "optimizer={name: sgd, lr: 0.1}",
-        "uplink={name: dense, dtype: fp32}", "downlink={name: dense, dtype: fp32}", "aggregation.weighting=equal",
+        base,
+        data,
+        "fedavg_full",
+        "rounds=1",
+        "local_steps=1",
+        "batch_size=100",
+        "optimizer={name: sgd, lr: 0.1}",
+        "uplink={name: dense, dtype: fp32}",
+        "downlink={name: dense, dtype: fp32}",
+        "aggregation.weighting=equal",
     )
     summary = federate(recipe, tmp_path / "run", quiet)
     loaded = load_base(str(base), writable=True)
@@ -116,7 +124,12 @@ def test_a_killed_run_resumes_to_the_digest_of_an_undisturbed_one(base, data, tm
 
 def test_error_feedback_and_moments_survive_a_kill(base, data, tmp_path):
     """Kills: residuals or optimizer state that restart from zero, or that advance twice for one round."""
-    settings = ["rounds=3", "basis.refresh=run", "keep_optimizer=true", "server_optimizer={name: sgd, lr: 0.7, momentum: 0.5}"]
+    settings = [
+        "rounds=3",
+        "basis.refresh=run",
+        "keep_optimizer=true",
+        "server_optimizer={name: sgd, lr: 0.7, momentum: 0.5}",
+    ]
     recipe = plan(base, data, "kilotune", *settings)
     whole = federate(recipe, tmp_path / "whole", quiet)
 
@@ -217,7 +230,9 @@ def test_a_client_with_another_recipe_or_base_is_refused_with_both_ids(base, dat
     loaded = load_base(str(base), writable=True)
     events = []
     ledger = Ledger(header(recipe, loaded))
-    federation = Federation(recipe, Replica(loaded, recipe), ledger, LocalExchange({"ada": worker.handle}), tmp_path, events.append)
+    federation = Federation(
+        recipe, Replica(loaded, recipe), ledger, LocalExchange({"ada": worker.handle}), tmp_path, events.append
+    )
     with pytest.raises(FederationError, match="no client of 1 could join"):
         federation.run()
     (refusal,) = [e for e in events if e.get("status") == "refused"]

@@ -12,7 +12,7 @@ Format = Annotated[
     Literal["text", "json"], typer.Option("--format", help="text for people, json for scripts (one object on stdout).")
 ]
 Override = Annotated[
-    list[str],
+    list[str] | None,
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one value, e.g. optimizer.lr=1e-3. Repeatable."),
 ]
 Output = Annotated[

@@ -21,7 +21,7 @@ def register(app: typer.Typer) -> None:
 
 def plan(
     recipe: RecipeName = "kilotune",
-    overrides: Override = [],
+    overrides: Override = None,
     clients: Annotated[int | None, typer.Option(help="Number of clients; default: counted from the data.")] = None,
     probe: Annotated[bool, typer.Option("--probe/--no-probe", help="Run one step to measure its time.")] = True,
     format: Format = "text",
@@ -32,7 +32,7 @@ def plan(
     from kilotune.engine.planner import predict
 
     mode = "tune" if read(recipe).get("steps") else "federate"
-    composed = compose(recipe, mode, overrides)  # type: ignore[arg-type]
+    composed = compose(recipe, mode, overrides or [])  # type: ignore[arg-type]
     result = predict(composed, clients, probe)
 
     def text() -> None:
@@ -83,24 +83,24 @@ def recipe_list(format: Format = "text") -> None:
 
 
 @recipe_app.command("show")
-def recipe_show(recipe: RecipeName, overrides: Override = [], format: Format = "text") -> None:
+def recipe_show(recipe: RecipeName, overrides: Override = None, format: Format = "text") -> None:
     """The resolved recipe: every value, defaults included. Redirect it to a file to start your own."""
     import yaml
 
     from kilotune.engine.compose import compose, read
 
     mode = "tune" if read(recipe).get("steps") else "federate"
-    resolved = compose(recipe, mode, overrides).resolved()  # type: ignore[arg-type]
+    resolved = compose(recipe, mode, overrides or []).resolved()  # type: ignore[arg-type]
     show(resolved, format, lambda: typer.echo(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), nl=False))
 
 
 @recipe_app.command("check")
-def recipe_check(recipe: RecipeName, overrides: Override = [], format: Format = "text") -> None:
+def recipe_check(recipe: RecipeName, overrides: Override = None, format: Format = "text") -> None:
     """Print every mistake in a recipe, or its id."""
     from kilotune.engine.compose import compose, read
 
     mode = "tune" if read(recipe).get("steps") else "federate"
-    identity = compose(recipe, mode, overrides).id  # type: ignore[arg-type]
+    identity = compose(recipe, mode, overrides or []).id  # type: ignore[arg-type]
     show({"recipe_id": identity, "mode": mode}, format, lambda: say(f"fine; recipe id {identity} ({mode})"))
 
 

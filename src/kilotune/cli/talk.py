@@ -20,7 +20,7 @@ def answer_once(
     from kilotune.engine.talking import Talker
 
     talker = Talker(target, base, compare, temperature, max_new_tokens)
-    turns = _start(system) + [{"role": "user", "content": prompt}]
+    turns = [*_start(system), {"role": "user", "content": prompt}]
     result = {"prompt": prompt, "answer": "".join(talker.tuned(turns))}
     if compare:
         result["base_answer"] = "".join(talker.plain(turns))

@@ -18,14 +18,14 @@ def register(app: typer.Typer) -> None:
 
 
 def tune(
-    recipe: RecipeName, overrides: Override = [], output: Output = Path("runs/tune"), format: Format = "text"
+    recipe: RecipeName, overrides: Override = None, output: Output = Path("runs/tune"), format: Format = "text"
 ) -> None:
     """Fine-tune on this machine, with its own data."""
     from kilotune.cli.display import Display
     from kilotune.engine.compose import compose
     from kilotune.engine.session import tune as run
 
-    plan = compose(recipe, "tune", overrides)
+    plan = compose(recipe, "tune", overrides or [])
     with Display(plan.recipe.steps, "step") as emit:
         summary = run(plan, output, emit)
     show(summary, format, lambda: _outcome(summary, output))
@@ -33,11 +33,8 @@ def tune(
 
 def federate(
     recipe: RecipeName = "kilotune",
-    overrides: Override = [],
+    overrides: Override = None,
     output: Output = Path("runs/federate"),
-    engine: Annotated[
-        str, typer.Option("--engine", help="serial: one client after the other; flower: Flower's simulation engine.")
-    ] = "serial",
     format: Format = "text",
 ) -> None:
     """Run a whole federation on this machine: try it here before you deploy it."""
@@ -45,7 +42,7 @@ def federate(
     from kilotune.engine.compose import compose
     from kilotune.engine.session import federate as run
 
-    plan = compose(recipe, "federate", overrides)
+    plan = compose(recipe, "federate", overrides or [])
     with Display(plan.recipe.rounds, "round") as emit:
         summary = run(plan, output, emit)
     show(summary, format, lambda: _outcome(summary, output))
@@ -63,7 +60,7 @@ def server_init(
     from kilotune.engine.flower.keys import init_server
 
     keys = init_server(folder, host, port, clients)
-    joins = {name: str(path) for name, path in keys.join_files.items()}
+    joins = {name: str(keys.join_path(name)) for name in keys.clients}
     show(
         {"folder": str(folder), "address": f"{host}:{port}", "join_files": joins},
         format,
@@ -75,7 +72,7 @@ def server_init(
 def server_run(
     recipe: RecipeName = "kilotune",
     keys: Annotated[Path, typer.Option("--keys", help="Folder made by `kilotune server init`.")] = Path("keys"),
-    overrides: Override = [],
+    overrides: Override = None,
     output: Output = Path("runs/server"),
     wait_for: Annotated[int, typer.Option(help="Start when this many clients are there; 0: all enrolled.")] = 0,
     format: Format = "text",
@@ -85,7 +82,7 @@ def server_run(
     from kilotune.engine.compose import compose
     from kilotune.engine.deployed import serve
 
-    plan = compose(recipe, "federate", overrides)
+    plan = compose(recipe, "federate", overrides or [])
     with Display(plan.recipe.rounds, "round") as emit:
         summary = serve(plan, keys, output, wait_for, emit)
     show(summary, format, lambda: _outcome(summary, output))
@@ -97,7 +94,7 @@ def client(
     recipe: Annotated[
         str, typer.Option("--recipe", "-r", help="Recipe you agreed on; the server must use the same.")
     ] = "kilotune",
-    overrides: Override = [],
+    overrides: Override = None,
     only: Annotated[
         str | None, typer.Option("--only", help="Use only rows whose field `client` has this value.")
     ] = None,
@@ -110,9 +107,10 @@ def client(
     from kilotune.engine.compose import compose
     from kilotune.engine.deployed import join as run
 
-    plan = compose(recipe, "federate", [f"data.path={data}", *overrides])
+    own = [f"data.path={data}"] + ([f"data.only={only}"] if only else [])
+    plan = compose(recipe, "federate", [*own, *(overrides or [])])
     with Display(plan.recipe.rounds, "round") as emit:
-        summary = run(plan, join, only, output, wait, emit)
+        summary = run(plan, join, output, wait, emit)
     show(summary, format, lambda: say(f"finished after round {summary['rounds']}; weights {summary['digest'][:16]}"))
 
 

@@ -30,7 +30,7 @@ Mode = Literal["federate", "tune"]
 PRIVATE = ("title", "source", "rounds", "steps", "threads", "deadline_s", "min_clients", "patience", "evaluation")
 """Keys that the two ends of a federation may hold differently; they are no part of the recipe id."""
 CODECS = ("uplink", "downlink")
-PRIVATE_DATA = ("path", "eval_path", "limit")
+PRIVATE_DATA = ("path", "eval_path", "only", "limit")
 
 
 @dataclass(frozen=True)
@@ -276,7 +276,7 @@ def _mode_problems(recipe: Recipe, mode: Mode, parametrization: Parametrization 
     problems = [] if recipe.steps else ["steps: missing. Say how many optimizer steps, e.g. --set steps=100."]
     if recipe.rounds:
         problems.append("rounds: has no effect when one machine tunes alone. Use steps, or `kilotune federate`.")
-    alone = FEDERATED_ONLY
+    alone: tuple[str, ...] = FEDERATED_ONLY
     if parametrization is not None and not parametrization.uses_basis:
         alone = (*FEDERATED_ONLY, *CODECS)
     problems += [
@@ -300,7 +300,7 @@ def _clashes(plan: Plan) -> list[str]:
     if plan.uplink.takes == "seeds" and plan.basis is None:
         problems.append(f"uplink {up!r} needs a basis. Use parametrization: subspace, or uplink: dense.")
     if plan.uplink.takes == "seeds" and (
-        plan.optimizer.method_name() != "sgd" or getattr(plan.optimizer, "momentum", 0)
+        plan.optimizer.method_name() != "sgd" or getattr(plan.optimizer, "momentum", 0.0) > 0
     ):
         problems.append(
             f"uplink {up!r} sends one scalar per direction, which optimizer {plan.optimizer.method_name()!r} "

@@ -38,9 +38,7 @@ def serve(plan: Plan, keys_folder: Path, output: Path, wait_for: int, emit: Emit
             emit({"event": "status", "text": f"listening on {exchange.address}, waiting for {wanted} clients"})
             present = exchange.wait_for(wanted, PATIENCE_S)
             if len(present) < wanted:
-                raise FederationError(
-                    f"{len(present)} of {wanted} clients joined. Start the others and run this again."
-                )
+                raise FederationError(f"{len(present)} of {wanted} clients joined. Start the others and run again.")
             federation = Federation(plan, replica, ledger, exchange, output, emit)
             reports = federation.run()
             _require_equal(federation)
@@ -66,18 +64,17 @@ def _socket(federation: Federation) -> dict[str, dict[str, int]]:
     return {client: asdict(traffic) for client, traffic in sorted((federation.exchange.traffic() or {}).items())}
 
 
-def join(plan: Plan, join_path: Path, only: str | None, output: Path, wait_s: float, emit: Emit) -> dict[str, Any]:
+def join(plan: Plan, join_path: Path, output: Path, wait_s: float, emit: Emit) -> dict[str, Any]:
     """Take part with this machine's rows until the server says finish; returns what this client holds then."""
     invitation = read_join_file(join_path)
     run = RunFolder(output)
     with run.locked():
         emit = recording(run, emit)
-        rows = load_rows(plan.recipe.data.path)
+        rows, only = load_rows(plan.recipe.data.path), plan.recipe.data.only
         rows = [row for row in rows if only is None or row.client == only]
         if not any(row.split == "train" for row in rows):
-            raise DataError(
-                f"{plan.recipe.data.path}: no training rows" + (f" with client = {only!r}." if only else ".")
-            )
+            whose = f" with client = {only!r}" if only else ""
+            raise DataError(f"{plan.recipe.data.path}: no training rows{whose}. Check `split` and `client`.")
         held_out = spread([r for r in rows if r.split != "train"], plan.recipe.evaluation.limit, plan.recipe.seed)
         base = open_base(plan, emit)
         replica = Replica(base, plan)

@@ -11,7 +11,7 @@ from kilotune.engine.ledger import Ledger
 from kilotune.engine.models import weights_digest
 from kilotune.engine.seedfile import read as read_seed_file
 from kilotune.engine.session import spread
-from kilotune.engine.tokenize import encode
+from kilotune.engine.tokenize import encode, stop_ids
 from kilotune.engine.tuned import Tuned, from_ledger, open_tuned, require_adapter
 
 Emit = Callable[[dict[str, Any]], None]
@@ -41,6 +41,7 @@ def measure(
         tuned.base.tokenizer,
         examples,
         max_new_tokens=max_new_tokens,
+        stop_ids=stop_ids(tuned.base.tokenizer, settings),
         progress=lambda done, total: emit({"event": "progress", "what": "evaluating", "done": done, "total": total}),
     )
     return {"model": target, "data": data, "split": split, "num_truncated": report.num_truncated, **result.to_json()}

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 
@@ -31,7 +32,7 @@ class Workload:
     examples: list[Example]
 
 
-def predict(plan: Plan, clients: int | None, probe: bool) -> dict[str, object]:
+def predict(plan: Plan, clients: int | None, probe: bool) -> dict[str, Any]:
     """Payload bytes per client and round, peak resident bytes of one process, seconds per step and in all."""
     federated = plan.recipe.rounds is not None
     rows = split_rows(plan, alone=not federated)
@@ -43,7 +44,7 @@ def predict(plan: Plan, clients: int | None, probe: bool) -> dict[str, object]:
     shapes = {name: tuple(param.shape) for name, param in base.parameters().items()}
     replica = Replica(base, plan)
     numel = {name: value.numel() for name, value in replica.trainable.wire.items()}
-    result: dict[str, object] = {
+    result: dict[str, Any] = {
         "recipe_id": plan.id,
         "base": base.name,
         "clients": work.clients,

@@ -20,6 +20,7 @@ class DataSection(Section):
     system: str | None = Field(None, description="system turn for rows without one; none: the template's own")
     max_length: int = Field(512, ge=8, description="tokens per row; longer rows are cut, never to nothing")
     answer_only: bool = Field(True, description="loss on the answer's tokens only")
+    only: str | None = Field(None, description="train on the rows of this client alone; evaluation rows stay all")
     limit: int | None = Field(None, ge=1, description="training rows at most, per client")
 
 

@@ -26,7 +26,7 @@ from kilotune.engine.ledger import Header, Ledger
 from kilotune.engine.models import Base, load_base
 from kilotune.engine.replica import Replica
 from kilotune.engine.runfolder import RunFolder
-from kilotune.engine.tokenize import Example, encode
+from kilotune.engine.tokenize import Example, encode, stop_ids
 from kilotune.engine.tune import Trainer
 from kilotune.engine.worker import Worker, peak_rss
 
@@ -51,8 +51,13 @@ def split_rows(plan: Plan, alone: bool) -> Rows:
     if section.eval_path is not None:
         held_out = load_rows(section.eval_path)
         held_out = [row for row in held_out if row.split != "train"] or held_out
+    if section.only is not None:
+        train = [row for row in train if row.client == section.only]
     if not train:
-        raise DataError(f"{section.path}: has no training rows (all {len(rows)} are marked as test).")
+        whose = f" of client {section.only!r}" if section.only is not None else ""
+        raise DataError(
+            f"{section.path}: got {len(rows)} rows, but no training row{whose}. Check `split` and `client`."
+        )
     shares = {ALONE: list(range(len(train)))} if alone else partition(train, plan.partition, plan.recipe.seed)
     clients = {name: [train[i] for i in indices[: section.limit]] for name, indices in shares.items()}
     return Rows(clients, spread(held_out, plan.recipe.evaluation.limit, plan.recipe.seed))
@@ -98,15 +103,17 @@ def evaluator(plan: Plan, emit: Emit) -> Callable[[Replica, list[Example]], Eval
     """Measures a replica on examples as the recipe says."""
     settings = plan.recipe.evaluation
 
+    def progress(done: int, total: int) -> None:
+        emit({"event": "progress", "what": "evaluating", "done": done, "total": total})
+
     def measure(replica: Replica, examples: list[Example]) -> EvaluationReport:
         return evaluate(
             replica.model,
             replica.base.tokenizer,
             examples,
             max_new_tokens=settings.max_new_tokens if settings.generate else 0,
-            progress=lambda done, total: emit(
-                {"event": "progress", "what": "evaluating", "done": done, "total": total}
-            ),
+            stop_ids=stop_ids(replica.base.tokenizer, plan.recipe.data),
+            progress=progress,
         )
 
     return measure
@@ -145,15 +152,7 @@ def federate(plan: Plan, output: Path, emit: Emit, alone: bool = False) -> dict[
         }
         emit({"event": "clients", "rows": {name: len(worker.train) for name, worker in workers.items()}})
         exchange = LocalExchange({name: worker.handle for name, worker in workers.items()})
-        federation = Federation(
-            plan,
-            replica,
-            ledger,
-            exchange,
-            output,
-            emit,
-            lambda r: measure(r, held_out) if held_out else measure(r, []),
-        )
+        federation = Federation(plan, replica, ledger, exchange, output, emit, lambda r: measure(r, held_out))
         reports = federation.run()
         return finish(run, plan, federation, reports, len(workers), time.monotonic() - started)
 

@@ -22,7 +22,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kilotune.core.errors import IncompatibleError
-from kilotune.core.kernels import rms
 from kilotune.core.types import TensorUpdate
 from kilotune.parametrization import Direction, Directions, Parametrization, Sink, Trainable
 from kilotune.parametrization._overlay import overlaid
@@ -44,7 +43,7 @@ class SubspaceTrainable(Trainable):
         self.wire = {WIRE: torch.zeros(basis.size)}
         self.probabilities: np.ndarray | None = None
         self._overlay = False
-        self._scales = {n: rms(p.data) if basis.scale == "rms" else 1.0 for n, p in params.items()}
+        self._scales = _scales(params, basis.scale)
         self._gradient = torch.zeros(basis.size)
         self._anchor: dict[str, Tensor] = {}
         self._dirty = False
@@ -130,6 +129,12 @@ class SubspaceTrainable(Trainable):
         self._anchor.clear()
         self._dirty = False
         self.rollback()
+
+
+def _scales(params: dict[str, nn.Parameter], law: str) -> dict[str, float]:
+    from kilotune.core.kernels import rms  # numba takes half a second to import
+
+    return {name: rms(param.data) if law == "rms" else 1.0 for name, param in params.items()}
 
 
 class Subspace(Parametrization):
