@@ -8,6 +8,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from kilotune.core.types import Batch
 from kilotune.engine import loss
 from kilotune.engine.loss import answer_loss, label_losses
+from kilotune.parametrization._overlay import overlaid
 from tiny import fill, tiny_batch, tiny_llama
 
 
@@ -125,6 +126,20 @@ def test_capped_logits_stay_capped():
         model = fill(Gemma2ForCausalLM(config), 0).requires_grad_(True)
     batch = tiny_batch()
     torch.testing.assert_close(answer_loss(model, batch), plain(model, batch), atol=0, rtol=1e-5)
+
+
+def test_weights_seen_through_an_overlay_count_everywhere():
+    """Kills: a head read past its module, so that a probe moves the embedding but not the tied head."""
+    model, batch = tiny_llama(), tiny_batch()
+    params = dict(model.named_parameters())
+    before = answer_loss(model, batch)
+    with torch.no_grad(), overlaid(model, params, lambda name, value, out: torch.mul(value, 1.1, out=out)):
+        seen = answer_loss(model, batch)
+    with torch.no_grad():
+        for param in params.values():
+            param.mul_(1.1)
+    torch.testing.assert_close(seen, answer_loss(model, batch), atol=0, rtol=1e-6)
+    assert abs(float(seen) - float(before)) > 1e-3
 
 
 def test_left_padding_is_masked():
