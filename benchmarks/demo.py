@@ -113,7 +113,15 @@ def report(summary: dict, output: Path, seconds: float) -> None:
     print(f"results in {output}: report.html, summary.json, final.seed ({summary['outputs']['seed_file_bytes']} bytes)")
 
 
-DEMO: list[str] = []
+DEMO_SETTINGS = [
+    "data.system=",
+    "batch_size=8",
+    "micro_batch_size=4",
+    "local_steps=3",
+    "evaluation.limit=24",
+    "evaluation.max_new_tokens=40",
+]
+DEMO = [word for setting in DEMO_SETTINGS for word in ("--set", setting)]
 
 if __name__ == "__main__":
     main()

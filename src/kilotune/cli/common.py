@@ -4,9 +4,12 @@ import json
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from kilotune.engine.compose import Plan
 
 Format = Annotated[
     Literal["text", "json"], typer.Option("--format", help="text for people, json for scripts (one object on stdout).")
@@ -19,12 +22,21 @@ Output = Annotated[
     Path, typer.Option("--output", "-o", metavar="DIR", help="Run folder; an unfinished one is resumed.")
 ]
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file (YAML), or the name of a shipped one.")]
+Template = Literal["chat", "plain", "alpaca"]
 
 
-def show(result: dict[str, Any], format: str, text: Callable[[], None]) -> None:
-    """The result: one JSON object, or the human view."""
+def compose_either(recipe: str, overrides: list[str] | None) -> "Plan":
+    """The plan of a recipe, for one machine when it counts steps, else for a federation."""
+    from kilotune.engine.compose import build, override, read
+
+    content = override(read(recipe), overrides or [])
+    return build(content, "tune" if content.get("steps") else "federate")
+
+
+def show(result: dict[str, Any] | list[dict[str, Any]], format: str, text: Callable[[], object]) -> None:
+    """The result: one line of JSON on stdout, or the human view."""
     if format == "json":
-        sys.stdout.write(json.dumps(result) + "\n")
+        sys.stdout.write(json.dumps(result, allow_nan=False) + "\n")
     else:
         text()
 

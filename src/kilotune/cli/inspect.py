@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kilotune.cli.common import Format, Override, RecipeName, say, show, table
+from kilotune.cli.common import Format, Override, RecipeName, Template, compose_either, say, show, table
 
 data_app = typer.Typer(no_args_is_help=True, help="Look at data as a model will see it.")
 recipe_app = typer.Typer(no_args_is_help=True, help="List, show and check recipes.")
@@ -22,22 +22,22 @@ def register(app: typer.Typer) -> None:
 def plan(
     recipe: RecipeName = "kilotune",
     overrides: Override = None,
-    clients: Annotated[int | None, typer.Option(help="Number of clients; default: counted from the data.")] = None,
+    clients: Annotated[
+        int | None, typer.Option(min=1, help="Number of clients; default: counted from the data.")
+    ] = None,
     probe: Annotated[bool, typer.Option("--probe/--no-probe", help="Run one step to measure its time.")] = True,
     format: Format = "text",
 ) -> None:
     """Predict bytes, memory and time of a recipe before running it."""
     from kilotune.core.units import human_bytes, human_seconds
-    from kilotune.engine.compose import compose, read
     from kilotune.engine.planner import predict
 
-    mode = "tune" if read(recipe).get("steps") else "federate"
-    composed = compose(recipe, mode, overrides or [])  # type: ignore[arg-type]
+    composed = compose_either(recipe, overrides)
     result = predict(composed, clients, probe)
 
     def text() -> None:
         rows: list[list[Any]] = [["trainable numbers", f"{result['trainable']:,}"]]
-        if mode == "federate":
+        if "payload_up_bytes_per_client_round" in result:
             rows += [
                 ["payload up, per client and round", human_bytes(result["payload_up_bytes_per_client_round"])],
                 ["payload down, per client and round", human_bytes(result["payload_down_bytes_per_client_round"])],
@@ -54,23 +54,23 @@ def plan(
 
 
 def methods(
-    kind: Annotated[str | None, typer.Option(help="Only this kind.")] = None,
+    kind: Annotated[str | None, typer.Option(metavar="KIND", help="Only this kind.")] = None,
     papers: Annotated[bool, typer.Option("--papers", help="Print docs/papers.md.")] = False,
     format: Format = "text",
 ) -> None:
     """List every method, its kind and its paper."""
+    from kilotune.core.errors import RecipeError
+    from kilotune.core.registry import KINDS, nearest
     from kilotune.engine.catalogue import catalogue, papers_page
 
+    if kind is not None and kind not in KINDS:
+        raise RecipeError(f"--kind: got {kind!r}, expected one of {', '.join(KINDS)}.{nearest(kind, list(KINDS))}")
     if papers:
         typer.echo(papers_page(), nl=False)
         return
     found = [entry for entry in catalogue() if kind in (None, entry["kind"])]
-    if format == "json":
-        import json
-
-        typer.echo(json.dumps(found))
-    else:
-        table("", ["kind", "name", "what", "paper"], [[e["kind"], e["name"], e["summary"], e["paper"]] for e in found])
+    rows = [[e["kind"], e["name"], e["summary"], e["paper"]] for e in found]
+    show(found, format, lambda: table("", ["kind", "name", "what", "paper"], rows))
 
 
 @recipe_app.command("list")
@@ -87,30 +87,25 @@ def recipe_show(recipe: RecipeName, overrides: Override = None, format: Format =
     """The resolved recipe: every value, defaults included. Redirect it to a file to start your own."""
     import yaml
 
-    from kilotune.engine.compose import compose, read
-
-    mode = "tune" if read(recipe).get("steps") else "federate"
-    resolved = compose(recipe, mode, overrides or []).resolved()  # type: ignore[arg-type]
+    resolved = compose_either(recipe, overrides).resolved()
     show(resolved, format, lambda: typer.echo(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), nl=False))
 
 
 @recipe_app.command("check")
 def recipe_check(recipe: RecipeName, overrides: Override = None, format: Format = "text") -> None:
     """Print every mistake in a recipe, or its id."""
-    from kilotune.engine.compose import compose, read
-
-    mode = "tune" if read(recipe).get("steps") else "federate"
-    identity = compose(recipe, mode, overrides or []).id  # type: ignore[arg-type]
-    show({"recipe_id": identity, "mode": mode}, format, lambda: say(f"fine; recipe id {identity} ({mode})"))
+    checked = compose_either(recipe, overrides)
+    mode = "tune" if checked.recipe.steps else "federate"
+    show({"recipe_id": checked.id, "mode": mode}, format, lambda: say(f"fine; recipe id {checked.id} ({mode})"))
 
 
 @data_app.command("show")
 def data_show(
     path: Annotated[str, typer.Argument(metavar="FILE", help="File, folder, hub id or `households`.")],
-    limit: Annotated[int, typer.Option(help="Rows to print.")] = 3,
+    limit: Annotated[int, typer.Option(min=0, help="Rows to print.")] = 3,
     base: Annotated[str, typer.Option("--base", help="Model whose tokenizer and template are used.")] = "smollm2-135m",
-    template: Annotated[str, typer.Option(help="chat, plain or alpaca.")] = "chat",
-    max_length: Annotated[int, typer.Option(help="Tokens per row; longer rows are cut.")] = 512,
+    template: Annotated[Template, typer.Option(help="Layout of a conversation as text.")] = "chat",
+    max_length: Annotated[int, typer.Option(min=8, help="Tokens per row; longer rows are cut.")] = 512,
     format: Format = "text",
 ) -> None:
     """Print rows with the tokens that carry loss marked, and count what there is."""

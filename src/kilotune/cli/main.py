@@ -1,16 +1,40 @@
 """kilotune: one command line for tuning alone, federations, and what comes after."""
 
 import os
-import sys
-from typing import Annotated
+from typing import Annotated, Any
 
+import click
 import typer
+from typer.core import TyperGroup
 
 from kilotune import __version__
 from kilotune.cli import inspect, model, train
 from kilotune.core.errors import KilotuneError
 
+RESUMABLE = ("tune", "federate", "server", "client")
+
+
+class Program(TyperGroup):
+    """All commands. Known errors end with red lines and exit code 2 (a mistake) or 1 (the world failed), Ctrl-C with
+    one yellow line and 130; any other exception is a bug in kilotune and keeps its traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KilotuneError as error:
+            if ctx.params["debug"]:
+                raise
+            for line in str(error).splitlines():
+                typer.secho(line, err=True, fg="red")
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:  # here, because typer would leave without a word
+            goes_on = " Run the same command again to go on." if ctx.invoked_subcommand in RESUMABLE else ""
+            typer.secho(f"interrupted.{goes_on}", err=True, fg="yellow")
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
+    cls=Program,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -20,37 +44,27 @@ train.register(app)
 model.register(app)
 inspect.register(app)
 
-_debug = False
 
-
-@app.callback(invoke_without_command=True)
-def options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-) -> None:
-    """Fine-tune a language model on one small device, or together over many, for kilobytes."""
-    global _debug
-    _debug = debug
-    if version:
+def _version(wanted: bool) -> None:
+    if wanted:
         typer.echo(f"kilotune {__version__}")
         raise typer.Exit
 
 
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Fine-tune a language model on one small device, or together over many, for kilobytes."""
+
+
 def main() -> None:
-    """Run; known errors end with one red line and exit code 2 (a mistake) or 1 (the world failed)."""
+    """Run the command that the arguments name."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-    try:
-        app()
-    except KilotuneError as error:
-        if _debug:
-            raise
-        for line in str(error).splitlines():
-            typer.secho(line, err=True, fg="red")
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.secho("interrupted. Run the same command again to go on where it stopped.", err=True, fg="yellow")
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(141)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    app()

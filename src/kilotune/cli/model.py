@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from kilotune.cli.common import Format, number, percent, say, show, table
+from kilotune.cli.common import Format, Template, number, percent, say, show, table
 
 Target = Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="Run folder, exported folder, seed file or base.")]
 Base = Annotated[str | None, typer.Option("--base", help="Base model, when the one named by the run is elsewhere.")]
@@ -21,10 +21,10 @@ def evaluate(
     target: Target,
     data: Annotated[str, typer.Option("--data", "-d", help="Rows to measure on: file, folder or hub id.")],
     split: Annotated[str, typer.Option(help="Which rows: test, train, valid or all.")] = "test",
-    limit: Annotated[int | None, typer.Option(help="Rows at most, spread evenly over the clients.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens generated per row; 0: loss only.")] = 48,
-    max_length: Annotated[int, typer.Option(help="Tokens per row; longer rows are cut.")] = 512,
-    template: Annotated[str | None, typer.Option(help="chat, plain or alpaca; default: the run's, else chat.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows at most, spread evenly over the clients.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=0, help="Tokens generated per row; 0: loss only.")] = 48,
+    max_length: Annotated[int, typer.Option(min=8, help="Tokens per row; longer rows are cut.")] = 512,
+    template: Annotated[Template | None, typer.Option(help="Layout as text; default: the run's, else chat.")] = None,
     base: Base = None,
     format: Format = "text",
 ) -> None:
@@ -59,17 +59,19 @@ def chat(
     compare: Annotated[bool, typer.Option("--compare", help="Answer with the base model too, side by side.")] = False,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this once and stop.")] = None,
     system: Annotated[str | None, typer.Option(help="System turn.")] = None,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens per answer at most.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens per answer at most.")] = 200,
     base: Base = None,
     format: Format = "text",
 ) -> None:
     """Talk to a tuned model, in the terminal."""
     from kilotune.cli.talk import answer_once, converse
 
+    if prompt is None and format == "json":
+        raise typer.BadParameter("json needs --prompt: a conversation is no single object.", param_hint="--format")
     if prompt is not None:
         result = answer_once(target, prompt, compare, system, temperature, max_new_tokens, base)
-        show(result, format, lambda: None if format == "json" else _print_answers(result))
+        show(result, format, lambda: _print_answers(result))
     else:
         converse(target, compare, system, temperature, max_new_tokens, base)
 
@@ -106,6 +108,9 @@ def apply(
     format: Format = "text",
 ) -> None:
     """Base model + seed file = tuned model, as a Hugging Face folder."""
+    from kilotune.engine.seedfile import read
+
+    read(seed_file)  # refuses anything else before a model is loaded
     _export(str(seed_file), output, "hf", base, format)
 
 

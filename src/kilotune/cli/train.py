@@ -53,7 +53,7 @@ def server_init(
     folder: Annotated[Path, typer.Argument(help="Folder for keys and join files; keep it private.")],
     clients: Annotated[list[str], typer.Option("--client", "-c", help="Name of a client to enrol. Repeatable.")],
     host: Annotated[str, typer.Option(help="Name or address under which clients reach this server.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port clients connect to.")] = 8443,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port clients connect to.")] = 8443,
     format: Format = "text",
 ) -> None:
     """Make the server's keys and one join file per client. Run again to enrol more clients."""
@@ -74,7 +74,7 @@ def server_run(
     keys: Annotated[Path, typer.Option("--keys", help="Folder made by `kilotune server init`.")] = Path("keys"),
     overrides: Override = None,
     output: Output = Path("runs/server"),
-    wait_for: Annotated[int, typer.Option(help="Start when this many clients are there; 0: all enrolled.")] = 0,
+    wait_for: Annotated[int, typer.Option(min=0, help="Start when this many clients are there; 0: all enrolled.")] = 0,
     format: Format = "text",
 ) -> None:
     """Lead the federation: wait for the clients, run the rounds, keep the ledger."""
@@ -99,7 +99,7 @@ def client(
         str | None, typer.Option("--only", help="Use only rows whose field `client` has this value.")
     ] = None,
     output: Output = Path("runs/client"),
-    wait: Annotated[float, typer.Option(help="Seconds to wait for the server to appear.")] = 60.0,
+    wait: Annotated[float, typer.Option(min=0.0, help="Seconds to wait for the server to appear.")] = 60.0,
     format: Format = "text",
 ) -> None:
     """Take part in a federation with your own data; stays until the server says it is finished."""

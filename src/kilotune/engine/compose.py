@@ -104,7 +104,10 @@ def read(recipe: str | Path) -> dict[str, Any]:
     """The mapping in a recipe file, or in the shipped recipe of that name."""
     path = Path(recipe)
     if path.is_file():
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{recipe}: cannot be read as text ({error}).") from None
     elif str(recipe) in shipped():
         text = files("kilotune.recipes").joinpath(f"{recipe}.yaml").read_text(encoding="utf-8")
     else:
@@ -124,7 +127,7 @@ def read(recipe: str | Path) -> dict[str, Any]:
 
 
 def override(content: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
-    """The recipe with `section.key=value` assignments applied; values are YAML."""
+    """The recipe with `section.key=value` assignments applied; values are YAML, nothing after the = is empty text."""
     problems = []
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
@@ -145,7 +148,10 @@ def override(content: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
             target[part] = dict(inner)
             target = target[part]
         else:
-            target[last] = yaml.safe_load(text) if text else None
+            try:
+                target[last] = yaml.safe_load(text) if text else ""
+            except yaml.YAMLError as error:
+                problems.append(f"--set {assignment}: not YAML: {getattr(error, 'problem', error)}.")
     if problems:
         raise RecipeError(*problems)
     return content
@@ -289,41 +295,57 @@ def _mode_problems(recipe: Recipe, mode: Mode, parametrization: Parametrization 
 
 def _clashes(plan: Plan) -> list[str]:
     """Pairs of parts that do not fit, each with a pair that does."""
+    return [*_uplink_clashes(plan), *_server_clashes(plan), *_rate_clashes(plan)]
+
+
+def _uplink_clashes(plan: Plan) -> list[str]:
+    up, estimator, optimizer = plan.uplink.method_name(), plan.estimator.method_name(), plan.optimizer.method_name()
     problems = []
-    up, down, estimator = plan.uplink.method_name(), plan.downlink.method_name(), plan.estimator.method_name()
-    given = plan.estimator.gives | plan.parametrization.gives | (plan.basis.gives if plan.basis else frozenset())
-    if plan.uplink.takes == "seeds" and "seed_log" not in given:
-        problems.append(
-            f"uplink {up!r} needs 'seed_log', but estimator {estimator!r} does not give it. "
-            "Use estimator: zeroth_order, or uplink: coefficients."
-        )
-    if plan.uplink.takes == "seeds" and plan.basis is None:
-        problems.append(f"uplink {up!r} needs a basis. Use parametrization: subspace, or uplink: dense.")
-    if plan.uplink.takes == "seeds" and (
-        plan.optimizer.method_name() != "sgd" or getattr(plan.optimizer, "momentum", 0.0) > 0
-    ):
-        problems.append(
-            f"uplink {up!r} sends one scalar per direction, which optimizer {plan.optimizer.method_name()!r} "
-            "with its memory cannot be replayed from. Use optimizer: {name: sgd, momentum: 0}, or uplink: coefficients."
-        )
+    if plan.uplink.takes == "seeds":
+        if "seed_log" not in plan.estimator.gives:
+            problems.append(
+                f"uplink {up!r} needs 'seed_log', but estimator {estimator!r} does not give it. "
+                "Use estimator: zeroth_order, or uplink: coefficients."
+            )
+        if plan.basis is None:
+            problems.append(f"uplink {up!r} needs a basis. Use parametrization: subspace, or uplink: dense.")
+        if optimizer != "sgd" or getattr(plan.optimizer, "momentum", 0.0) > 0:
+            problems.append(
+                f"uplink {up!r} sends one scalar per direction, which optimizer {optimizer!r} with its memory cannot "
+                "be replayed from. Use optimizer: {name: sgd, momentum: 0}, or uplink: coefficients."
+            )
     if up == "coefficients" and plan.basis is None:
         problems.append("uplink 'coefficients' needs a basis. Use parametrization: subspace, or uplink: dense.")
     if up == "projection" and plan.parametrization.method_name() != "full":
         problems.append("uplink 'projection' projects whole weights. Use parametrization: full, or uplink: dense.")
+    return problems
+
+
+def _server_clashes(plan: Plan) -> list[str]:
+    up, down, rule = plan.uplink.method_name(), plan.downlink.method_name(), plan.aggregation.method_name()
     pairs = plan.uplink.takes == "seeds" or up == "projection"
+    problems = []
     if pairs != (plan.aggregation.takes == "seeds"):
         good = "seed_sum" if pairs else "mean"
-        problems.append(
-            f"aggregation {plan.aggregation.method_name()!r} cannot combine what uplink {up!r} sends. "
-            f"Use aggregation: {good}."
-        )
+        problems.append(f"aggregation {rule!r} cannot combine what uplink {up!r} sends. Use aggregation: {good}.")
     if pairs and down not in (("projection",) if up == "projection" else ("seed_scalar", "coefficients")):
         problems.append(f"downlink {down!r} cannot send what uplink {up!r} brings. Use downlink: {up}.")
     if not pairs and down in ("seed_scalar", "projection"):
         problems.append(f"downlink {down!r} needs pairs, but uplink {up!r} brings tensors. Use downlink: {up}.")
+    outer = plan.server_optimizer
+    if pairs and (outer.method_name() != "sgd" or getattr(outer, "momentum", 0.0) > 0):
+        problems.append(
+            f"server_optimizer {outer.method_name()!r} with its memory needs tensors, but uplink {up!r} brings pairs. "
+            "Use server_optimizer: {name: sgd, momentum: 0}, or uplink: coefficients."
+        )
+    return problems
+
+
+def _rate_clashes(plan: Plan) -> list[str]:
+    problems = []
     if plan.optimizer.lr == "auto" and "curvature" not in plan.estimator.gives:
         problems.append(
-            f"optimizer.lr: auto needs 'curvature', which estimator {estimator!r} does not measure. "
+            f"optimizer.lr: auto needs 'curvature', which estimator {plan.estimator.method_name()!r} does not measure. "
             "Give a number, or use estimator: zeroth_order."
         )
     if plan.server_optimizer.lr == "auto":

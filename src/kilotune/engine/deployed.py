@@ -8,7 +8,7 @@ from typing import Any
 from kilotune.core.errors import DataError, FederationError
 from kilotune.engine.compose import Plan
 from kilotune.engine.data import load_rows
-from kilotune.engine.federation import Federation
+from kilotune.engine.federation import Federation, Tally
 from kilotune.engine.flower.client import serve as stay
 from kilotune.engine.flower.keys import load_server_keys, read_join_file
 from kilotune.engine.flower.server import start_server
@@ -39,7 +39,7 @@ def serve(plan: Plan, keys_folder: Path, output: Path, wait_for: int, emit: Emit
             present = exchange.wait_for(wanted, PATIENCE_S)
             if len(present) < wanted:
                 raise FederationError(f"{len(present)} of {wanted} clients joined. Start the others and run again.")
-            federation = Federation(plan, replica, ledger, exchange, output, emit)
+            federation = Federation(plan, replica, ledger, exchange, output, emit, earlier=Tally.of(run.events()))
             reports = federation.run()
             _require_equal(federation)
             seconds = time.monotonic() - started

@@ -124,7 +124,9 @@ def evaluate(
     total = len(examples) + len(asked)
     for example in examples:
         clients[example.client or NOBODY].num_examples += 1
-    _measure_loss(model, tokenizer, examples, clients, batch_tokens, lambda done: progress and progress(done, total))
+    _measure_loss(
+        model, tokenizer, examples, clients, batch_tokens, lambda done: progress(done, total) if progress else None
+    )
     if asked:
         _measure_answers(
             model,
@@ -133,7 +135,7 @@ def evaluate(
             clients,
             max_new_tokens,
             stop_ids,
-            lambda done: progress and progress(len(examples) + done, total),
+            lambda done, _: progress(len(examples) + done, total) if progress else None,
         )
     report = EvaluationReport.of(clients)
     report.clients.pop(NOBODY, None)
@@ -146,7 +148,7 @@ def _measure_loss(
     examples: Sequence[Example],
     clients: dict[str, Figures],
     batch_tokens: int,
-    progress: Callable[[int], object],
+    progress: Callable[[int], None],
 ) -> None:
     pad_id = tokenizer.pad_token_id or 0
     sums, counts = [0.0] * len(examples), [0] * len(examples)
@@ -171,7 +173,7 @@ def _measure_answers(
     clients: dict[str, Figures],
     max_new_tokens: int,
     stop_ids: Sequence[int] | None,
-    progress: Callable[[int], object],
+    progress: Progress,
 ) -> None:
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -183,7 +185,7 @@ def _measure_answers(
         prompts,
         max_new_tokens,
         stop_ids=stop_ids,
-        progress=lambda done, _: progress(done) and None,
+        progress=progress,
     )
     for example, answer in zip(examples, answers, strict=True):
         figures = clients[example.client or NOBODY]

@@ -41,6 +41,21 @@ class Tally:
     peak_rss_bytes: int = 0
     client_digests: dict[str, str] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, events: list[dict[str, Any]]) -> "Tally":
+        """What the processes before this one have counted, from the events they recorded."""
+        rounds = [e for e in events if e["event"] == "round"]
+        return cls(
+            up_bytes=sum(e["up_bytes"] for e in rounds),
+            down_bytes=sum(e.get("down_bytes", 0) for e in events),
+            client_rounds=sum(e["clients"] for e in rounds),
+            peak_rss_bytes=max((int(e.get("peak_rss_bytes", 0)) for e in events), default=0),
+        )
+
+
+COUNTED = ("up_bytes", "down_bytes", "client_rounds", "peak_rss_bytes")
+"""What of the tally goes on when a run is resumed."""
+
 
 class Federation:
     """Runs the rounds of one ledger over one exchange."""
@@ -54,13 +69,16 @@ class Federation:
         folder: Path,
         emit: Emit,
         evaluate: Callable[[Replica], EvaluationReport] | None = None,
+        earlier: Tally | None = None,
     ) -> None:
-        """`evaluate` measures the replica on rows the server holds; None: the clients measure on theirs."""
+        """`evaluate` measures the replica on rows the server holds; None: the clients measure on theirs.
+
+        `earlier`: what was counted before an interruption.
+        """
         self.plan, self.replica, self.ledger, self.exchange = plan, replica, ledger, exchange
         self.folder, self.emit, self._evaluate = folder, emit, evaluate
-        self.tally = Tally()
+        self.tally = earlier or Tally()
         self._known: dict[str, int] = {}  # rounds each client holds
-        self._group_roster: list[str] = []
         self._states: dict[str, State] = {"aggregation": {}, "optimizer": {}, "downlink": {}}
 
     # -- life of a run ----------------------------------------------------------------------------------------
@@ -92,7 +110,9 @@ class Federation:
         for record, payload in self.ledger.since(self.replica.round):
             self.replica.apply(record.round, payload)
         if self.ledger.records:
-            tensors, _ = read_tensors(self._state_path(len(self.ledger)))
+            tensors, facts = read_tensors(self._state_path(len(self.ledger)))
+            for key in COUNTED:
+                setattr(self.tally, key, int(facts[key]))
             for path, value in tensors.items():
                 owner, _, key = path.partition("/")
                 self._states[owner][key] = value
@@ -115,7 +135,7 @@ class Federation:
     def finish(self) -> None:
         """Hand everyone the last rounds, so that all end with the same weights."""
         requests = {c: self._request("finish", c, {}) for c in self.exchange.roster() if c in self._known}
-        self._count_down(requests)
+        self.emit({"event": "finishing", "down_bytes": self._count_down(requests)})
         for client, reply in self.exchange.exchange(requests, self.plan.recipe.deadline_s):
             if reply.error is None:
                 self.tally.client_digests[client] = str(reply.body["digest"])
@@ -138,7 +158,7 @@ class Federation:
             )
             for c in chosen
         }
-        self._count_down(requests)
+        down_bytes = self._count_down(requests)
         accepted = self._collect(number, requests)
         if len(accepted) < self.plan.recipe.min_clients:
             raise FederationError(
@@ -154,7 +174,7 @@ class Federation:
                 "asked": len(chosen),
                 "loss": float(np.mean([float(reply.body["loss"]) for _, reply, _ in accepted])),
                 "up_bytes": sum(len(reply.payloads[0]) for _, reply, _ in accepted),
-                "down_bytes": sum(sum(map(len, r.payloads)) for r in requests.values()),
+                "down_bytes": down_bytes,
                 "seconds": time.monotonic() - started,
                 "head": self.ledger.head,
             }
@@ -186,8 +206,10 @@ class Federation:
             extra["probabilities"] = True
         return Request(kind, {**self._common(), **extra, **body}, tuple(parts))
 
-    def _count_down(self, requests: dict[str, Request]) -> None:
-        self.tally.down_bytes += sum(sum(map(len, request.payloads)) for request in requests.values())
+    def _count_down(self, requests: dict[str, Request]) -> int:
+        sent = sum(sum(map(len, request.payloads)) for request in requests.values())
+        self.tally.down_bytes += sent
+        return sent
 
     def _note(self, client: str, reply: Reply) -> None:
         self._known[client] = int(reply.body["round"])
@@ -255,18 +277,20 @@ class Federation:
 
     def _save_states(self, number: int) -> None:
         tensors = {f"{owner}/{key}": v for owner, state in self._states.items() for key, v in state.items()}
-        write_tensors(self._state_path(number), tensors, {"round": str(number)})
+        counts = {key: str(getattr(self.tally, key)) for key in COUNTED}
+        write_tensors(self._state_path(number), tensors, {"round": str(number), **counts})
         self._state_path(number - 2).unlink(missing_ok=True)
 
     # -- evaluation -------------------------------------------------------------------------------------------
 
     def evaluate(self, number: int) -> EvaluationReport:
         """Quality of the current state, on the server's rows or summed over the clients' own held-out rows."""
+        down_bytes = 0
         if self._evaluate is not None:
             report = self._evaluate(self.replica)
         else:
             requests = {c: self._request("evaluate", c, {}) for c in self.exchange.roster() if c in self._known}
-            self._count_down(requests)
+            down_bytes = self._count_down(requests)
             sums = {}
             for client, reply in self.exchange.exchange(requests, self.plan.recipe.deadline_s):
                 if reply.error is None:
@@ -275,7 +299,7 @@ class Federation:
                 else:
                     self.emit({"event": "client", "client": client, "status": "error", "why": reply.error})
             report = EvaluationReport.from_sums(sums)
-        self.emit({"event": "evaluation", "round": number, **report.to_json()})
+        self.emit({"event": "evaluation", "round": number, "down_bytes": down_bytes, **report.to_json()})
         return report
 
 

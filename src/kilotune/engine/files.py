@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -27,6 +27,8 @@ def disk_errors(path: Path) -> Iterator[None]:
             ) from None
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise RunError(f"{path}: cannot be written ({error.strerror}). Choose another folder.") from None
+        if error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
+            raise RunError(f"{path}: {error.strerror}: {error.filename}. Choose another place.") from None
         raise
 
 
@@ -50,13 +52,23 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def append_line(path: Path, line: bytes) -> None:
-    """Add one line and sync it; a crash leaves at most a line without its end."""
+    """Add one line and sync it; a crash leaves at most a line without its end, which the next call removes."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "ab") as file:
+        with open(path, "a+b") as file:
+            _remove_cut_line(file)
             file.write(line + b"\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def _remove_cut_line(file: BinaryIO) -> None:
+    if file.seek(0, os.SEEK_END) == 0:
+        return
+    file.seek(-1, os.SEEK_END)
+    if file.read() != b"\n":
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, str]) -> None:

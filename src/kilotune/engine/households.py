@@ -18,6 +18,7 @@ import yaml
 
 from kilotune.core.errors import DataError
 from kilotune.core.rng import stream
+from kilotune.engine.files import write_bytes
 
 ROWS_PER_HOUSEHOLD = 500
 TEST_EVERY = 8
@@ -178,5 +179,5 @@ def write_jsonl(path: str | Path, seed: int = 0, households: int = 6) -> int:
     """Write the rows to a file, one JSON object a line; returns their number."""
     rows = generate(seed, households)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    Path(path).write_text(text, encoding="utf-8")
+    write_bytes(Path(path), text.encode())
     return len(rows)

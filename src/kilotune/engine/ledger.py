@@ -30,6 +30,14 @@ class Header:
     recipe: dict[str, Any]
     format: int = FORMAT
 
+    def __post_init__(self) -> None:
+        if self.format != FORMAT:
+            raise WireError(
+                f"ledger: got format {self.format!r}, expected {FORMAT}: it was written by another version of kilotune."
+            )
+        if not isinstance(self.recipe, dict):
+            raise TypeError("its recipe is no mapping")
+
     @property
     def hash(self) -> str:
         """Start of the chain. The base's name and the private keys of the recipe are not part of it."""
@@ -96,7 +104,7 @@ class Ledger:
         """Continue the folder's ledger, or start it. Raises RunError when it belongs to something else."""
         if not (folder / LEDGER).exists():
             ledger = cls(header, folder)
-            append_line(folder / LEDGER, canonical(asdict(header)))
+            write_bytes(folder / LEDGER, canonical(asdict(header)) + b"\n")
             return ledger
         ledger = cls.load(folder)
         if ledger.header.base_digest != header.base_digest:
@@ -113,14 +121,13 @@ class Ledger:
 
     @classmethod
     def load(cls, folder: Path) -> "Ledger":
-        """Read and verify. An unfinished last line is cut off; anything else that does not fit raises WireError."""
+        """Read and verify. An unfinished last line is left out (the next append removes it; another process may be
+        at work here, so nothing is written); anything else that does not fit raises WireError."""
         path = folder / LEDGER
         if not path.exists():
             raise RunError(f"{folder}: no {LEDGER} there, so it is no run folder.")
         raw = path.read_bytes()
         whole = raw[: raw.rfind(b"\n") + 1]
-        if len(whole) != len(raw):
-            write_bytes(path, whole)
         lines = whole.splitlines()
         try:
             ledger = cls(Header(**json.loads(lines[0])), folder)
@@ -132,7 +139,7 @@ class Ledger:
                 ledger._check(record, payload)
                 ledger.records.append(record)
                 ledger._payloads.append(payload)
-        except (ValueError, TypeError, KeyError, IndexError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
             raise WireError(
                 f"{path}: cut or foreign, line {len(ledger.records) + 2 if lines else 1}: {error}"
             ) from None

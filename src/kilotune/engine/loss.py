@@ -74,7 +74,7 @@ def _right_padded(mask: Tensor) -> bool:
 
 def _summed(hidden: Tensor, labels: Tensor, head: nn.Module | None) -> Tensor:
     if torch.is_grad_enabled() and _is_plain_linear(head):
-        return _AnswerLoss.apply(hidden, head.weight, head.bias, labels)  # type: ignore[union-attr,no-any-return]
+        return _AnswerLoss.apply(hidden, head.weight, head.bias, labels)  # type: ignore[union-attr]
     total = hidden.new_zeros(())
     for h, y in _chunks(hidden, labels, head):
         if torch.is_grad_enabled() and head is not None:  # a head with an adapter: logits are made twice, never kept
@@ -126,7 +126,7 @@ class _AnswerLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         grads, ctx.grads = ctx.grads, None  # type: ignore[attr-defined]
         if grads is None:
@@ -154,7 +154,7 @@ def _split(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
 
 def _find_parts(model: Any) -> tuple[nn.Module, nn.Module] | None:
     if hasattr(model, "peft_config"):
-        tuner = getattr(model, "base_model", None)
+        tuner: Any = model.base_model
         plain = type(tuner).forward.__qualname__ == "BaseTuner.forward"
         configs = model.peft_config.values()
         special = any(c.is_prompt_learning or getattr(c, "alora_invocation_tokens", None) for c in configs)

@@ -4,11 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kilotune.core.errors import RunError
 from kilotune.engine.data import load_rows, select
 from kilotune.engine.evaluation import evaluate
 from kilotune.engine.export import export_model, export_peft
-from kilotune.engine.ledger import Ledger
+from kilotune.engine.ledger import LEDGER, Ledger
 from kilotune.engine.models import weights_digest
+from kilotune.engine.runfolder import RECIPE
+from kilotune.engine.seedfile import is_seed_file
 from kilotune.engine.seedfile import read as read_seed_file
 from kilotune.engine.session import spread
 from kilotune.engine.tokenize import encode, stop_ids
@@ -49,7 +52,12 @@ def measure(
 
 def replay(run: Path, base_name: str | None, emit: Emit) -> dict[str, Any]:
     """Verify the chain and rebuild the weights."""
-    ledger = read_seed_file(run) if run.is_file() else Ledger.load(run)
+    if (run / RECIPE).exists() and not (run / LEDGER).exists():
+        raise RunError(
+            f"{run}: this run moved no basis, so it keeps a checkpoint and no ledger: there is nothing to replay. "
+            "Look at it with kilotune evaluate."
+        )
+    ledger = read_seed_file(run) if is_seed_file(run) or run.is_file() else Ledger.load(run)
     emit({"event": "status", "text": f"replaying {len(ledger)} rounds"})
     tuned = from_ledger(ledger, base_name)
     return {

@@ -100,7 +100,7 @@ def _take_over(parameters: Mapping[str, nn.Parameter], folder: Path) -> None:
         value = torch.empty(param.shape, dtype=torch.float32)
         with open(place.file, "rb") as file:
             file.seek(place.start)
-            if file.readinto(memoryview(value.view(-1).numpy()).cast("B")) != value.numel() * 4:
+            if file.readinto(value.view(-1).numpy().data.cast("B")) != value.numel() * 4:
                 raise ModelError(f"{place.file}: ends within tensor {name!r}. Download or convert the model again.")
         param.data = value
 
@@ -127,5 +127,5 @@ def _tensor_digest(name: str, value: Tensor) -> bytes:
     head = struct.pack("<I", len(raw)) + raw + struct.pack(f"<I{value.dim()}Q", value.dim(), *value.shape)
     digest = hashlib.sha256(head)
     flat = value.detach().to(device="cpu", dtype=torch.float32).contiguous().view(-1)
-    digest.update(memoryview(flat.numpy().astype("<f4", copy=False)).cast("B") if flat.numel() else b"")
+    digest.update(flat.numpy().astype("<f4", copy=False).data.cast("B") if flat.numel() else b"")
     return digest.digest()

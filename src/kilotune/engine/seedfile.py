@@ -46,9 +46,19 @@ def unpack(raw: bytes, name: str) -> Ledger:
             record = ledger.append(content["root"], payload, contributions)
             if record.hash != content["hash"]:
                 raise WireError(f"{name}: round {record.round} breaks the hash chain; the file was altered.")
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise WireError(f"{name}: not readable as a seed file: {error}.") from None
     return ledger
+
+
+def is_seed_file(path: Path) -> bool:
+    """Whether a path is meant as a seed file: by its name, or by its first bytes."""
+    if path.suffix == ".seed" and not path.is_dir():
+        return True
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
 
 
 def write(ledger: Ledger, path: Path) -> int:

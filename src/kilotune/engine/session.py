@@ -20,7 +20,7 @@ from kilotune.engine.compose import Plan, build
 from kilotune.engine.data import Row, load_rows, partition
 from kilotune.engine.evaluation import EvaluationReport, evaluate
 from kilotune.engine.export import export_peft
-from kilotune.engine.federation import Federation
+from kilotune.engine.federation import Federation, Tally
 from kilotune.engine.flower.local import LocalExchange
 from kilotune.engine.ledger import Header, Ledger
 from kilotune.engine.models import Base, load_base
@@ -123,13 +123,16 @@ def header(plan: Plan, base: Base) -> Header:
     return Header(base.name, base.digest, plan.id, NOISE_SPEC, plan.resolved())
 
 
-def federate(plan: Plan, output: Path, emit: Emit, alone: bool = False) -> dict[str, Any]:
-    """All clients on this machine, over one resident base; returns the summary."""
+def federate(plan: Plan, output: Path, emit: Emit, steps: int | None = None) -> dict[str, Any]:
+    """All clients on this machine, over one resident base; returns the summary.
+
+    `steps` is given by `tune`: a recipe over a basis is tuned as a federation of one.
+    """
     started = time.monotonic()
     run = RunFolder(output)
     with run.locked():
         emit = recording(run, emit)
-        rows = split_rows(plan, alone)
+        rows = split_rows(plan, alone=steps is not None)
         base = open_base(plan, emit)
         ledger = Ledger.open(output, header(plan, base))
         run.write_recipe(plan)
@@ -152,9 +155,12 @@ def federate(plan: Plan, output: Path, emit: Emit, alone: bool = False) -> dict[
         }
         emit({"event": "clients", "rows": {name: len(worker.train) for name, worker in workers.items()}})
         exchange = LocalExchange({name: worker.handle for name, worker in workers.items()})
-        federation = Federation(plan, replica, ledger, exchange, output, emit, lambda r: measure(r, held_out))
+        federation = Federation(
+            plan, replica, ledger, exchange, output, emit, lambda r: measure(r, held_out), Tally.of(run.events())
+        )
         reports = federation.run()
-        return finish(run, plan, federation, reports, len(workers), time.monotonic() - started)
+        extra = {"command": "tune", "steps": steps} if steps is not None else None
+        return finish(run, plan, federation, reports, len(workers), time.monotonic() - started, extra)
 
 
 def _local_progress(emit: Emit, client: str) -> Callable[[str], None]:
@@ -242,11 +248,7 @@ def write_outputs(run: RunFolder, plan: Plan, replica: Replica, ledger: Ledger |
 def tune(plan: Plan, output: Path, emit: Emit) -> dict[str, Any]:
     """One machine alone; returns the summary."""
     if plan.parametrization.uses_basis:
-        return {
-            **federate(as_federation(plan), output, emit, alone=True),
-            "command": "tune",
-            "steps": plan.recipe.steps,
-        }
+        return federate(as_federation(plan), output, emit, plan.recipe.steps)
     started = time.monotonic()
     run = RunFolder(output)
     with run.locked():

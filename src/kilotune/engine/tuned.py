@@ -1,5 +1,6 @@
 """Tuned: whatever a user points at — run folder, seed file, exported folder, base — becomes a model in memory."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kilotune.core.errors import ModelError, RunError, WireError
+from kilotune.core.noise import NOISE_SPEC
 from kilotune.engine import seedfile
 from kilotune.engine.compose import Plan, build
 from kilotune.engine.files import read_tensors
@@ -43,7 +45,7 @@ class Tuned:
 def open_tuned(target: str, base_name: str | None = None) -> Tuned:
     """Load what `target` names. Raises WireError when the base is not the one the run stands on."""
     path = Path(target)
-    if path.is_file() and path.suffix == ".seed":
+    if seedfile.is_seed_file(path):
         return from_ledger(seedfile.read(path), base_name)
     if (path / LEDGER).exists():
         return from_ledger(Ledger.load(path), base_name)
@@ -60,13 +62,18 @@ def plan_of(resolved: dict[str, Any]) -> Plan:
 
 def from_ledger(ledger: Ledger, base_name: str | None) -> Tuned:
     """Base + all rounds."""
+    if ledger.header.noise_spec != NOISE_SPEC:
+        raise WireError(
+            f"the ledger's noise follows spec {ledger.header.noise_spec}, this kilotune makes spec {NOISE_SPEC}. "
+            "Use the version of kilotune that wrote it."
+        )
     plan = plan_of(ledger.header.recipe)
     if plan.id != ledger.header.recipe_id:
         raise WireError(
             f"the ledger's recipe has id {plan.id}, its header says {ledger.header.recipe_id}: it was altered, "
             "or written by another version of kilotune."
         )
-    base = load_base(base_name or ledger.header.base, writable=True)
+    base = _base(ledger.header.base, base_name)
     if base.digest != ledger.header.base_digest:
         raise WireError(
             f"base {base.name!r} has digest {base.digest[:16]}, but these rounds stand on "
@@ -78,12 +85,22 @@ def from_ledger(ledger: Ledger, base_name: str | None) -> Tuned:
     return Tuned(base, replica.model, plan, ledger, replica)
 
 
+def _base(recorded: str, given: str | None) -> Base:
+    """The base of a run, from where the user says it is or else from where it was."""
+    try:
+        return load_base(given or recorded, writable=True)
+    except ModelError as error:
+        if given is None and os.sep in recorded and not Path(recorded).exists():
+            raise ModelError(f"{error} If the base of this run lies elsewhere, give it with --base.") from None
+        raise
+
+
 def _from_checkpoint(path: Path, base_name: str | None) -> Tuned:
     plan = plan_of(RunFolder(path).recipe())
     if not (path / CHECKPOINT).exists():
         raise RunError(f"{path}: the run has no {CHECKPOINT} yet. Run its command again to go on.")
     tensors, facts = read_tensors(path / CHECKPOINT)
-    base = load_base(base_name or plan.recipe.base, writable=True)
+    base = _base(plan.recipe.base, base_name)
     if base.digest != facts["base_digest"]:
         raise WireError(
             f"base {base.name!r} has digest {base.digest[:16]}, but this run stands on {facts['base_digest'][:16]}. "

@@ -54,6 +54,8 @@ class Worker:
         self.round, self.head = 0, genesis
         if keeps_rounds:
             self._replay_kept()
+        elif saved := self._saved_rounds():  # resumed: a simulated client holds what it held when it last trained
+            self.round, self.head = saved[-1] - 1, read_tensors(self._state_path(saved[-1]))[1]["head"]
 
     def handle(self, request: Request) -> Reply:
         """One request, one reply; what goes wrong for a known reason comes back as the reply's error."""
@@ -235,8 +237,9 @@ class Worker:
 
 
 def micro_batches(rows: list[Example], plan: Plan, replica: Replica) -> list[Batch]:
-    """The rows of one step, cut into the recipe's micro-batches."""
+    """The rows of one step, cut into the recipe's micro-batches; rows of like length together, to pad little."""
     size = plan.recipe.micro_batch_size or len(rows)
+    rows = sorted(rows, key=lambda example: len(example.input_ids))
     return [collate(rows[i : i + size], replica.base.tokenizer.pad_token_id) for i in range(0, len(rows), size)]
 
 

@@ -34,7 +34,7 @@ class Peft(Parametrization):
         with torch.random.fork_rng(devices=[]):  # peft draws its start values from the global generator
             torch.random.default_generator.manual_seed(seed % (1 << 32))
             try:
-                wrapped = get_peft_model(model, config, adapter_name=ADAPTER)  # type: ignore[arg-type]
+                wrapped = get_peft_model(model, config, adapter_name=ADAPTER)
             except (ValueError, KeyError) as error:
                 raise RecipeError(f"parametrization.config: {self.method}: {str(error).splitlines()[0]}") from None
         params = {n: p for n, p in sorted(wrapped.named_parameters()) if p.requires_grad}

@@ -1,0 +1,65 @@
+"""What the benchmarks share: run a recipe through the command line, describe the machine, write tables."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+
+def run_recipe(recipe: str, overrides: list[str], output: Path) -> dict[str, Any]:
+    """The summary of `kilotune tune` or `federate`; a finished run is read, an unfinished one goes on."""
+    from kilotune.engine.compose import read
+
+    summary = output / "summary.json"
+    if not summary.exists():
+        command = "tune" if read(recipe).get("steps") else "federate"
+        sets = [word for assignment in overrides for word in ("--set", assignment)]
+        words = [sys.executable, "-m", "kilotune", command, recipe, *sets, "--output", str(output), "--format", "json"]
+        subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+    content: dict[str, Any] = json.loads(summary.read_text(encoding="utf-8"))
+    return content
+
+
+def fresh(output: Path) -> None:
+    """Forget earlier runs."""
+    shutil.rmtree(output, ignore_errors=True)
+
+
+def environment() -> dict[str, str]:
+    """The machine and the versions behind the numbers."""
+    versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft", "flwr", "numba")}
+    return {
+        "cpu": f"{os.cpu_count()} cores, {platform.machine()}",
+        "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
+        "python": platform.python_version(),
+        "date": datetime.now(UTC).date().isoformat(),
+        **versions,
+    }
+
+
+def figure(label: str, summary: dict[str, Any]) -> str:
+    """One run on one line."""
+    after = summary["eval"]["after"]
+    exact = "" if after["exact_match"] is None else f"  exact match {after['exact_match']:6.1%}"
+    return f"{label:32s} loss {after['loss']:.3f}{exact}  {summary['seconds']:.0f} s"
+
+
+def write_table(path: Path, title: str, columns: list[str], rows: list[list[str]], notes: list[str]) -> None:
+    """A Markdown table with the machine and the notes below it; `path` without ending also gets a JSON twin."""
+    facts = environment()
+    lines = [f"# {title}", "", "| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    lines += ["", *notes, "", "; ".join(f"{key} {value}" for key, value in facts.items())]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    content = {"title": title, "rows": [dict(zip(columns, row, strict=True)) for row in rows], "environment": facts}
+    path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print("\n".join(lines))
