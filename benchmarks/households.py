@@ -18,10 +18,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/households"))
     parser.add_argument("--households", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--local-steps", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--limit", type=int, default=90, help="held-out rows, spread evenly over the households")
+    parser.add_argument("--limit", type=int, default=60, help="held-out rows, spread evenly over the households")
     args = parser.parse_args()
     from kilotune.engine.households import names
 

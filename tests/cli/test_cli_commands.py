@@ -6,8 +6,8 @@ import stat
 import click
 import pytest
 import typer
-
 from command_line import federated, kilotune, small
+
 from federating import write_rows
 from kilotune import __version__
 from kilotune.cli.main import app

@@ -1,6 +1,7 @@
 """kilotune: one command line for tuning alone, federations, and what comes after."""
 
 import os
+import warnings
 from typing import Annotated, Any
 
 import click
@@ -67,4 +68,5 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries to their callers; no user can act on it
     app()

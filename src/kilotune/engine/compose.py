@@ -259,8 +259,11 @@ def method(kind: str, spec: Spec, where: str) -> Method:
 def describe(where: str, error: ValidationError, model: type[BaseModel]) -> list[str]:
     """pydantic's findings in our one form: place, value, constraint, nearest name."""
     lines = []
+    choices: dict[str, str] = {}  # a value that may be of several kinds is found wrong once for each
     for item in error.errors(include_url=False):
         path = [str(part) for part in item["loc"]]
+        if where:
+            path = path[:1]  # fields of methods are flat; below them come pydantic's names for the kinds of a value
         place = ".".join([where, *path] if where else path)
         owner = SECTIONS.get(path[0], model) if len(path) > 1 else model
         if item["type"] == "extra_forbidden":
@@ -269,8 +272,9 @@ def describe(where: str, error: ValidationError, model: type[BaseModel]) -> list
             lines.append(f"{place}: missing.")
         else:
             wanted = item["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-            lines.append(f"{place}: got {item['input']!r}, expected {wanted}.")
-    return lines
+            start = f"{place}: got {item['input']!r}, expected "
+            choices[start] = f"{choices[start]}, or {wanted}" if start in choices else wanted
+    return lines + [f"{start}{wanted}." for start, wanted in choices.items()]
 
 
 def _mode_problems(recipe: Recipe, mode: Mode, parametrization: Parametrization | None) -> list[str]:

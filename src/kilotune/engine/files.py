@@ -77,9 +77,14 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, str])
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What `write_tensors` wrote."""
-    from safetensors import safe_open
+    """What `write_tensors` wrote. Raises RunError when the file is gone or is something else."""
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(str(path), framework="pt") as file:
-        facts = dict(file.metadata() or {})
-    return load_file(str(path)), facts
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            facts = dict(file.metadata() or {})
+        return load_file(str(path)), facts
+    except FileNotFoundError:
+        raise RunError(f"{path}: missing, so the run cannot go on. Put it back, or use another --output.") from None
+    except SafetensorError as error:
+        raise RunError(f"{path}: cut or foreign ({error}). Put it back, or use another --output.") from None

@@ -129,9 +129,10 @@ class Ledger:
         raw = path.read_bytes()
         whole = raw[: raw.rfind(b"\n") + 1]
         lines = whole.splitlines()
+        number = 1
         try:
             ledger = cls(Header(**json.loads(lines[0])), folder)
-            for line in lines[1:]:
+            for number, line in enumerate(lines[1:], 2):  # noqa: B007 (told when a line does not fit)
                 content = json.loads(line)
                 content["contributions"] = tuple(Contribution(**c) for c in content["contributions"])
                 record = Record(**content)
@@ -140,9 +141,7 @@ class Ledger:
                 ledger.records.append(record)
                 ledger._payloads.append(payload)
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
-            raise WireError(
-                f"{path}: cut or foreign, line {len(ledger.records) + 2 if lines else 1}: {error}"
-            ) from None
+            raise WireError(f"{path}:{number}: cut or foreign: {error}.") from None
         except FileNotFoundError as error:
             raise WireError(f"{error.filename}: missing, so the run cannot be replayed.") from None
         return ledger

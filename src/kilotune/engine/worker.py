@@ -54,8 +54,6 @@ class Worker:
         self.round, self.head = 0, genesis
         if keeps_rounds:
             self._replay_kept()
-        elif saved := self._saved_rounds():  # resumed: a simulated client holds what it held when it last trained
-            self.round, self.head = saved[-1] - 1, read_tensors(self._state_path(saved[-1]))[1]["head"]
 
     def handle(self, request: Request) -> Reply:
         """One request, one reply; what goes wrong for a known reason comes back as the reply's error."""
@@ -84,6 +82,8 @@ class Worker:
             )
 
     def _hello(self, request: Request) -> Reply:
+        if self.round == 0 and not self._keeps_rounds:
+            self._stand_again(str(request.body["head"]))
         return Reply(body={"client": self.name, "version": __version__, **self._standing()})
 
     def _standing(self) -> dict[str, str | int]:
@@ -190,6 +190,15 @@ class Worker:
 
         size = self.replica.plan.num_directions
         self.replica.trainable.probabilities = unpack_probabilities(packed, size)  # type: ignore[attr-defined]
+
+    def _stand_again(self, head: str) -> None:
+        """A simulated client of a resumed run holds what it held before it was interrupted: the rounds up to the last
+        one it trained in that counts. A state at the server's head is of a round that was not committed."""
+        for number in reversed(self._saved_rounds()):
+            trained_at = read_tensors(self._state_path(number))[1]["head"]
+            if trained_at != head:
+                self.round, self.head = number - 1, trained_at
+                return
 
     # -- state on disk ----------------------------------------------------------------------------------------
 
