@@ -20,7 +20,7 @@ def commands() -> list[list[str]]:
     """Every `$ kilotune ...` line of README's console blocks, as words, in order."""
     blocks = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
     lines = [line[2:].split(" #")[0] for block in blocks for line in block.splitlines() if line.startswith("$ ")]
-    return [shlex.split(line) for line in lines if line.startswith("$ kilotune") or line.startswith("kilotune")]
+    return [shlex.split(line) for line in lines if line.startswith("kilotune")]
 
 
 def test_readme_names_the_two_commands_and_every_folder_it_links():

@@ -118,7 +118,8 @@ def test_a_client_ends_where_the_rebuild_from_its_pairs_ends(basis):
     trainable.apply([("coords", basis.coordinates(pairs(steps)))], 5)
     moved = torch.cat([(own[n] - base[n]).flatten() for n in base])
     rebuilt = torch.cat([(p.data - base[n]).flatten() for n, p in trainable.params.items()])
-    rounding = 12 * 2**-24 * torch.cat([w.flatten() for w in base.values()]).norm()  # half a unit in the last place a step
+    weights = torch.cat([w.flatten() for w in base.values()])
+    rounding = 12 * 2**-24 * weights.norm()  # half a unit in the last place a step
     assert moved.norm() > 1000 * rounding
     assert (moved - rebuilt).norm() <= 2 * rounding
 

@@ -50,7 +50,10 @@ def papers_page() -> str:
         content = read(name)
         parts = ", ".join(f"{key}: {_word(content[key])}" for key in PARTS if key in content)
         lines.append(f"| `{name}` | {content.get('title', '')} | {parts} | {' '.join(content['source'].split())} |")
-    lines += ["", "Every recipe runs two rounds on a tiny model in `tests/test_recipes.py`, bytes compared with the plan."]
+    lines += [
+        "",
+        "Every recipe runs two rounds on a tiny model in `tests/test_recipes.py`, bytes compared with the plan.",
+    ]
     lines += ["", "## Parts", "", "| kind | name | what | source | laws |", "| --- | --- | --- | --- | --- |"]
     for entry in catalogue():
         laws = f"`tests/contract/test_{entry['kind']}.py`"
