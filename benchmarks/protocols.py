@@ -3,8 +3,8 @@
     python benchmarks/protocols.py --data clinc150.jsonl.gz --output runs/protocols
 
 Clients are the values of the rows' `client` field (the first `--clients` of them). Everything a recipe fixes itself
-(basis, estimator, optimizer, codecs, learning rate) stays as shipped. `--tuned` adds FedKSeed and Ferret with a rate for
-this model, because published rates belong to larger ones.
+(basis, estimator, optimizer, codecs, learning rate) stays as shipped. `--tuned` adds FedKSeed and Ferret with a rate
+for this model, because published rates belong to larger ones.
 """
 
 import argparse

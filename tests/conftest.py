@@ -1,3 +1,23 @@
 """Shared by all tests: its place puts this folder on the import path, so that `tiny` can be imported everywhere."""
 
+from pathlib import Path
+
+import pytest
+
 import kilotune  # noqa: F401 - before torch, so that its arithmetic does not depend on the number of threads
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory) -> Path:
+    """The tiny model as a Hugging Face folder; nobody writes into it."""
+    from tiny import save_tiny
+
+    return save_tiny(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """Rows of three clients, a quarter of them held out."""
+    from federating import write_rows
+
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")

@@ -4,24 +4,13 @@ import math
 
 import pytest
 
-from federating import plan, quiet, write_rows
+from federating import plan, quiet
 from kilotune.engine.compose import compose, read, shipped
 from kilotune.engine.planner import payload_bytes
 from kilotune.engine.session import federate, tune
-from tiny import save_tiny
 
 FEDERATED = [name for name in shipped() if read(name).get("rounds")]
 LOCAL = [name for name in shipped() if read(name).get("steps")]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("base") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
 
 
 def test_every_recipe_is_either_federated_or_local_and_names_its_source():
@@ -87,3 +76,21 @@ def test_a_local_run_cut_in_the_middle_resumes_to_the_same_digest(base, data, tm
     with pytest.raises(Killed):
         tune(recipe, tmp_path / "cut", dying)
     assert tune(recipe, tmp_path / "cut", quiet)["digest"] == whole["digest"]
+
+
+def test_ctrl_c_in_a_step_saves_that_step_and_the_same_call_goes_on(base, data, tmp_path):
+    """Kills: losing the steps since the last checkpoint; stopping in the middle of an update."""
+    import signal
+
+    recipe = plan(base, data, "local_lora", "steps=40")  # a checkpoint every four steps
+    whole = tune(recipe, tmp_path / "whole", quiet)
+
+    def interrupted(event):
+        if event["event"] == "step" and event["step"] == 6:
+            signal.raise_signal(signal.SIGINT)
+
+    steps = []
+    with pytest.raises(KeyboardInterrupt):
+        tune(recipe, tmp_path / "cut", interrupted)
+    assert tune(recipe, tmp_path / "cut", steps.append)["digest"] == whole["digest"]
+    assert next(e["step"] for e in steps if e["event"] == "step") == 7

@@ -26,11 +26,11 @@ class Ended:
         assert self.code == 0, self.err
         assert self.out.count("\n") == 1, self.out
         assert self.out.endswith("\n")
-        return json.loads(self.out, parse_constant=lambda word: pytest_fail(f"{word} is no JSON"))
+        return json.loads(self.out, parse_constant=_refuse)
 
 
-def pytest_fail(why: str) -> None:
-    raise AssertionError(why)
+def _refuse(word: str) -> None:
+    raise AssertionError(f"{word} is no JSON")
 
 
 def kilotune(*arguments: object) -> Ended:

@@ -4,20 +4,21 @@ Exit code 2 is a mistake in the input, 1 a world or a run folder that cannot be 
 """
 
 import errno
+import hashlib
 import json
 import os
 import shutil
 import signal
 import socket
+from dataclasses import replace
 
 import pytest
 from command_line import federated, kilotune, small
 
-from federating import write_rows
 from kilotune.cli.display import Display
 from kilotune.core.errors import KilotuneError
 from kilotune.engine import files, memory, seedfile, sources
-from kilotune.engine.ledger import LEDGER, canonical
+from kilotune.engine.ledger import LEDGER, Ledger, canonical
 from kilotune.engine.runfolder import RunFolder
 from tiny import save_tiny
 
@@ -25,18 +26,8 @@ QUICK = ("evaluation.generate=false",)
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("base") / "tiny")
-
-
-@pytest.fixture(scope="module")
 def other_base(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("other") / "tiny", seed=9)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -270,8 +261,6 @@ def test_a_cut_or_foreign_seed_file_is_refused(base, undisturbed, tmp_path):
 
 def forge(raw, change):
     """A seed file with altered facts and a checksum that fits."""
-    import hashlib
-
     size = int.from_bytes(raw[4:8], "little")
     facts = json.loads(raw[8 : 8 + size])
     change(facts)
@@ -311,6 +300,20 @@ def test_a_forged_seed_file_is_refused_without_a_traceback(undisturbed, tmp_path
         assert ended.json["digest"] != summary["digest"]
     else:
         refused(ended, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"noise_spec": 2}, "noise follows spec 2"), ({"recipe_id": "0" * 16}, "its header says 0000000000000000")],
+)
+def test_a_sound_seed_file_of_another_version_is_refused(undisturbed, tmp_path, change, said):
+    """Kills: weights from noise or values that this version reads differently. The chain itself is in order."""
+    ledger = Ledger.load(undisturbed[0])
+    other = Ledger(replace(ledger.header, **change))
+    for record, payload in ledger.since(0):
+        other.append(record.root, payload, record.contributions)
+    seedfile.write(other, tmp_path / "x.seed")
+    refused(kilotune("replay", tmp_path / "x.seed"), 2, said)
 
 
 def test_a_cut_ledger_line_is_no_round_and_an_altered_one_is_refused(settings, undisturbed, copy):

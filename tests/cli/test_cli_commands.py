@@ -8,11 +8,9 @@ import pytest
 import typer
 from command_line import federated, kilotune, small
 
-from federating import write_rows
 from kilotune import __version__
 from kilotune.cli.main import app
 from kilotune.engine.compose import shipped
-from tiny import save_tiny
 
 LOSS_ONLY = ("--max-new-tokens", 0, "--max-length", 64, "--format", "json")
 FIGURES = {"loss", "perplexity", "exact_match", "rouge_l", "num_examples"}
@@ -23,16 +21,6 @@ def nothing_beside_stdout(capfd):
     """Kills: a library or the product writing to the process' stdout past Python's stream."""
     yield
     assert capfd.readouterr().out == ""
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("base") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,6 @@ from kilotune.engine.data import (
     Row,
     data_digest,
     default_partition,
-    held_out,
     load_rows,
     partition,
     partition_counts,
@@ -231,8 +230,6 @@ def test_only_training_rows_are_partitioned_and_test_rows_stay_with_their_client
     """Kills: held-out rows in a client's training set; indices into the filtered list."""
     rows = rows_of("b", split="test") + rows_of("a", "b", "a") + rows_of("a", None, split="test")
     assert partition(rows) == {"a": [1, 3], "b": [2]}
-    assert held_out(rows) == {"a": [4], "b": [0]}
-    assert held_out(rows, IID(num_clients=2)) == {}
 
 
 def test_without_clients_the_default_is_iid_over_four():

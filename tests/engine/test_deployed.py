@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from federating import CLIENTS, plan, quiet, write_rows
+from federating import CLIENTS, plan, quiet
 from kilotune.engine.measure import replay
 from kilotune.engine.session import federate
-from tiny import save_tiny
 
 pytestmark = pytest.mark.processes
 
@@ -75,16 +74,6 @@ class Deployment:
         for process in self.processes.values():
             process.kill()
             process.wait()
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("base") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
 
 
 @pytest.fixture(scope="module")

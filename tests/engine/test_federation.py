@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from federating import CLIENTS, content, plan, quiet, write_rows
+from federating import CLIENTS, content, plan, quiet
 from kilotune.core.errors import FederationError, RunError, WireError
 from kilotune.engine import seedfile
 from kilotune.engine.compose import build
@@ -21,16 +21,6 @@ from kilotune.engine.session import encode_rows, evaluator, federate, header, sp
 from kilotune.engine.step import BatchObjective
 from kilotune.engine.worker import Worker, micro_batches
 from tiny import save_tiny
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("base") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -170,14 +160,24 @@ def test_another_recipe_or_a_second_process_in_the_same_folder_is_refused(base, 
         federate(plan(base, data, "kilotune", "rounds=3", "optimizer.lr=0.5"), folder, quiet)
 
 
-def independent(name: str, recipe, base: Path, folder: Path) -> Worker:
+def independent(name: str, recipe, base: Path, folder: Path, checkpoint: Path | None = None) -> Worker:
     """A client as a process of its own would be: own base, own replica, keeps what it receives."""
     loaded = load_base(str(base), writable=True)
     rows = split_rows(recipe, alone=False).clients[name]
     replica = Replica(loaded, recipe)
     examples = encode_rows(recipe, loaded, rows, name, quiet)
     genesis = header(recipe, loaded).hash
-    return Worker(name, replica, genesis, examples, [], evaluator(recipe, quiet), folder / name, keeps_rounds=True)
+    return Worker(
+        name,
+        replica,
+        genesis,
+        examples,
+        [],
+        evaluator(recipe, quiet),
+        folder / name,
+        keeps_rounds=True,
+        checkpoint=checkpoint,
+    )
 
 
 class Coming(LocalExchange):
@@ -216,11 +216,10 @@ def test_late_absent_and_faithful_clients_end_with_equal_weights(base, data, tmp
     restarted = independent("bob", recipe, base, tmp_path)  # full replay of what it kept
     assert restarted.round == 8
     assert restarted.replica.digest() == server.digest()
-    server.save(tmp_path / "checkpoint.safetensors", ledger.head)
-    newcomer = Replica(load_base(str(base), writable=True), recipe)
-    assert newcomer.load(tmp_path / "checkpoint.safetensors") == ledger.head
-    assert newcomer.round == 8
-    assert newcomer.digest() == server.digest()
+    replay(tmp_path / "server", None, quiet, tmp_path / "checkpoint.safetensors")
+    newcomer = independent("ada", recipe, base, tmp_path / "new", tmp_path / "checkpoint.safetensors")
+    assert (newcomer.round, newcomer.head) == (8, ledger.head)
+    assert newcomer.replica.digest() == server.digest()
 
 
 def test_a_client_with_another_recipe_or_base_is_refused_with_both_ids(base, data, tmp_path):

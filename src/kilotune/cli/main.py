@@ -1,6 +1,7 @@
 """kilotune: one command line for tuning alone, federations, and what comes after."""
 
 import os
+import signal
 import warnings
 from typing import Annotated, Any
 
@@ -64,6 +65,7 @@ def options(
 
 def main() -> None:
     """Run the command that the arguments name."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a service manager's stop is as good as Ctrl-C
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")

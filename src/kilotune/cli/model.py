@@ -85,6 +85,9 @@ def _print_answers(result: dict[str, Any]) -> None:
 
 def replay(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder or seed file.")],
+    checkpoint: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the weights, for `kilotune client --checkpoint`.")
+    ] = None,
     base: Base = None,
     format: Format = "text",
 ) -> None:
@@ -93,7 +96,7 @@ def replay(
     from kilotune.engine.measure import replay as rebuild
 
     with Display(None, "round") as emit:
-        result = rebuild(run, base, emit)
+        result = rebuild(run, base, emit, checkpoint)
     show(
         result,
         format,

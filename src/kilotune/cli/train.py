@@ -68,6 +68,19 @@ def server_init(
     )
 
 
+@server_app.command("revoke")
+def server_revoke(
+    folder: Annotated[Path, typer.Argument(help="Folder made by `kilotune server init`.")],
+    client: Annotated[str, typer.Argument(help="Client that may no longer take part.")],
+    format: Format = "text",
+) -> None:
+    """Strike a client from the list; takes effect when the server starts next."""
+    from kilotune.engine.flower.keys import revoke
+
+    left = sorted(revoke(folder, client).clients)
+    show({"revoked": client, "clients": left}, format, lambda: say(f"{client} is out; left: {', '.join(left)}"))
+
+
 @server_app.command("run")
 def server_run(
     recipe: RecipeName = "kilotune",
@@ -100,6 +113,9 @@ def client(
     ] = None,
     output: Output = Path("runs/client"),
     wait: Annotated[float, typer.Option(min=0.0, help="Seconds to wait for the server to appear.")] = 60.0,
+    checkpoint: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Start from this state (`kilotune replay --checkpoint`).")
+    ] = None,
     format: Format = "text",
 ) -> None:
     """Take part in a federation with your own data; stays until the server says it is finished."""
@@ -110,7 +126,7 @@ def client(
     own = [f"data.path={data}"] + ([f"data.only={only}"] if only else [])
     plan = compose(recipe, "federate", [*own, *(overrides or [])])
     with Display(plan.recipe.rounds, "round") as emit:
-        summary = run(plan, join, output, wait, emit)
+        summary = run(plan, join, output, wait, checkpoint, emit)
     show(summary, format, lambda: say(f"finished after round {summary['rounds']}; weights {summary['digest'][:16]}"))
 
 

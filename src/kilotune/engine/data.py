@@ -28,7 +28,6 @@ __all__ = [
     "Row",
     "data_digest",
     "default_partition",
-    "held_out",
     "load_rows",
     "partition",
     "partition_counts",
@@ -196,19 +195,6 @@ def partition(rows: Sequence[Row], method: Partition | None = None, seed: int = 
     fields = [{field: _value(rows[index], field) for field in method.fields} for index in train]
     parts = method.split(fields, stream(seed, "partition"))
     return {client: [train[i] for i in part] for client, part in parts.items()}
-
-
-def held_out(rows: Sequence[Row], method: Partition | None = None, split: str = "test") -> dict[str, list[int]]:
-    """Client -> indices of its own held-out rows; only a partition by field says whose they are, else empty."""
-    method = method or default_partition(rows)
-    if method.method_name() != "field":
-        return {}
-    (field,) = method.fields
-    owned: dict[str, list[int]] = {}
-    for index, row in enumerate(rows):
-        if row.split == split and _raw(row, field) is not None:
-            owned.setdefault(_value(row, field), []).append(index)
-    return dict(sorted(owned.items()))
 
 
 def partition_counts(

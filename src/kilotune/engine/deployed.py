@@ -8,7 +8,7 @@ from typing import Any
 from kilotune.core.errors import DataError, FederationError
 from kilotune.engine.compose import Plan
 from kilotune.engine.data import load_rows
-from kilotune.engine.federation import Federation, Tally
+from kilotune.engine.federation import Federation
 from kilotune.engine.flower.client import serve as stay
 from kilotune.engine.flower.keys import load_server_keys, read_join_file
 from kilotune.engine.flower.server import start_server
@@ -39,7 +39,7 @@ def serve(plan: Plan, keys_folder: Path, output: Path, wait_for: int, emit: Emit
             present = exchange.wait_for(wanted, PATIENCE_S)
             if len(present) < wanted:
                 raise FederationError(f"{len(present)} of {wanted} clients joined. Start the others and run again.")
-            federation = Federation(plan, replica, ledger, exchange, output, emit, earlier=Tally.of(run.events()))
+            federation = Federation(plan, replica, ledger, exchange, output, emit)
             reports = federation.run()
             _require_equal(federation)
             seconds = time.monotonic() - started
@@ -64,8 +64,13 @@ def _socket(federation: Federation) -> dict[str, dict[str, int]]:
     return {client: asdict(traffic) for client, traffic in sorted((federation.exchange.traffic() or {}).items())}
 
 
-def join(plan: Plan, join_path: Path, output: Path, wait_s: float, emit: Emit) -> dict[str, Any]:
-    """Take part with this machine's rows until the server says finish; returns what this client holds then."""
+def join(
+    plan: Plan, join_path: Path, output: Path, wait_s: float, checkpoint: Path | None, emit: Emit
+) -> dict[str, Any]:
+    """Take part with this machine's rows until the server says finish; returns what this client holds then.
+
+    `checkpoint` (kilotune replay --checkpoint) spares a newcomer the download of all rounds before it.
+    """
     invitation = read_join_file(join_path)
     run = RunFolder(output)
     with run.locked():
@@ -89,6 +94,7 @@ def join(plan: Plan, join_path: Path, output: Path, wait_s: float, emit: Emit) -
             output,
             keeps_rounds=True,
             progress=lambda line: emit({"event": "progress", "what": line}),
+            checkpoint=checkpoint,
         )
         emit({"event": "status", "text": f"client {invitation.client}: {len(train)} rows, joining {invitation.server}"})
         stay(invitation, worker.handle, wait_s, lambda text: emit({"event": "status", "text": text}))

@@ -41,18 +41,8 @@ class Tally:
     peak_rss_bytes: int = 0
     client_digests: dict[str, str] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, events: list[dict[str, Any]]) -> "Tally":
-        """What the processes before this one have counted, from the events they recorded."""
-        rounds = [e for e in events if e["event"] == "round"]
-        return cls(
-            up_bytes=sum(e["up_bytes"] for e in rounds),
-            down_bytes=sum(e.get("down_bytes", 0) for e in events),
-            client_rounds=sum(e["clients"] for e in rounds),
-            peak_rss_bytes=max((int(e.get("peak_rss_bytes", 0)) for e in events), default=0),
-        )
 
-
+FAREWELL_S = 60.0  # how long a client that is away at the very end is waited for
 COUNTED = ("up_bytes", "down_bytes", "client_rounds", "peak_rss_bytes")
 """What of the tally goes on when a run is resumed."""
 
@@ -69,15 +59,11 @@ class Federation:
         folder: Path,
         emit: Emit,
         evaluate: Callable[[Replica], EvaluationReport] | None = None,
-        earlier: Tally | None = None,
     ) -> None:
-        """`evaluate` measures the replica on rows the server holds; None: the clients measure on theirs.
-
-        `earlier`: what was counted before an interruption.
-        """
+        """`evaluate` measures the replica on rows the server holds; None: the clients measure on theirs."""
         self.plan, self.replica, self.ledger, self.exchange = plan, replica, ledger, exchange
         self.folder, self.emit, self._evaluate = folder, emit, evaluate
-        self.tally = earlier or Tally()
+        self.tally = Tally()
         self._known: dict[str, int] = {}  # rounds each client holds
         self._states: dict[str, State] = {"aggregation": {}, "optimizer": {}, "downlink": {}}
 
@@ -134,9 +120,9 @@ class Federation:
 
     def finish(self) -> None:
         """Hand everyone the last rounds, so that all end with the same weights."""
-        requests = {c: self._request("finish", c, {}) for c in self.exchange.roster() if c in self._known}
+        requests = {client: self._request("finish", client, {}) for client in sorted(self._known)}
         self.emit({"event": "finishing", "down_bytes": self._count_down(requests)})
-        for client, reply in self.exchange.exchange(requests, self.plan.recipe.deadline_s):
+        for client, reply in self.exchange.exchange(requests, min(self.plan.recipe.deadline_s, FAREWELL_S)):
             if reply.error is None:
                 self.tally.client_digests[client] = str(reply.body["digest"])
                 self._note(client, reply)

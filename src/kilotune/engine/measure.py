@@ -50,8 +50,8 @@ def measure(
     return {"model": target, "data": data, "split": split, "num_truncated": report.num_truncated, **result.to_json()}
 
 
-def replay(run: Path, base_name: str | None, emit: Emit) -> dict[str, Any]:
-    """Verify the chain and rebuild the weights."""
+def replay(run: Path, base_name: str | None, emit: Emit, checkpoint: Path | None = None) -> dict[str, Any]:
+    """Verify the chain and rebuild the weights; with `checkpoint`, write them there for a client that joins late."""
     if (run / RECIPE).exists() and not (run / LEDGER).exists():
         raise RunError(
             f"{run}: this run moved no basis, so it keeps a checkpoint and no ledger: there is nothing to replay. "
@@ -60,6 +60,8 @@ def replay(run: Path, base_name: str | None, emit: Emit) -> dict[str, Any]:
     ledger = read_seed_file(run) if is_seed_file(run) or run.is_file() else Ledger.load(run)
     emit({"event": "status", "text": f"replaying {len(ledger)} rounds"})
     tuned = from_ledger(ledger, base_name)
+    if checkpoint is not None and tuned.replica is not None:
+        tuned.replica.save(checkpoint, ledger.head)
     return {
         "run": str(run),
         "rounds": len(ledger),

@@ -17,10 +17,10 @@ from kilotune.core.noise import NOISE_SPEC
 from kilotune.core.rng import stream
 from kilotune.engine import seedfile
 from kilotune.engine.compose import Plan, build
-from kilotune.engine.data import Row, load_rows, partition
+from kilotune.engine.data import Row, data_digest, load_rows, partition, partition_counts
 from kilotune.engine.evaluation import EvaluationReport, evaluate
 from kilotune.engine.export import export_peft
-from kilotune.engine.federation import Federation, Tally
+from kilotune.engine.federation import Federation
 from kilotune.engine.flower.local import LocalExchange
 from kilotune.engine.ledger import Header, Ledger
 from kilotune.engine.models import Base, load_base
@@ -40,6 +40,8 @@ class Rows:
 
     clients: dict[str, list[Row]]
     held_out: list[Row]
+    counts: dict[str, dict[str, Any]]  # per client: rows, and labels where the partition goes by a label
+    digest: str  # of all rows before any was left out
 
 
 def split_rows(plan: Plan, alone: bool) -> Rows:
@@ -60,7 +62,10 @@ def split_rows(plan: Plan, alone: bool) -> Rows:
         )
     shares = {ALONE: list(range(len(train)))} if alone else partition(train, plan.partition, plan.recipe.seed)
     clients = {name: [train[i] for i in indices[: section.limit]] for name, indices in shares.items()}
-    return Rows(clients, spread(held_out, plan.recipe.evaluation.limit, plan.recipe.seed))
+    fields = plan.partition.fields if plan.partition is not None else ()
+    label = next((field for field in fields if field != "client"), None)
+    held_out = spread(held_out, plan.recipe.evaluation.limit, plan.recipe.seed)
+    return Rows(clients, held_out, partition_counts(train, shares, label), data_digest(rows))
 
 
 def spread(rows: list[Row], limit: int | None, seed: int) -> list[Row]:
@@ -153,11 +158,11 @@ def federate(plan: Plan, output: Path, emit: Emit, steps: int | None = None) -> 
             )
             for name, members in rows.clients.items()
         }
-        emit({"event": "clients", "rows": {name: len(worker.train) for name, worker in workers.items()}})
+        labels = {name: count["labels"] for name, count in rows.counts.items() if "labels" in count}
+        sizes = {name: len(worker.train) for name, worker in workers.items()}
+        emit({"event": "clients", "rows": sizes, "data_digest": rows.digest} | ({"labels": labels} if labels else {}))
         exchange = LocalExchange({name: worker.handle for name, worker in workers.items()})
-        federation = Federation(
-            plan, replica, ledger, exchange, output, emit, lambda r: measure(r, held_out), Tally.of(run.events())
-        )
+        federation = Federation(plan, replica, ledger, exchange, output, emit, lambda r: measure(r, held_out))
         reports = federation.run()
         extra = {"command": "tune", "steps": steps} if steps is not None else None
         return finish(run, plan, federation, reports, len(workers), time.monotonic() - started, extra)

@@ -14,6 +14,7 @@ from kilotune.engine.batches import BatchSampler
 from kilotune.engine.compose import Plan
 from kilotune.engine.evaluation import EvaluationReport
 from kilotune.engine.files import read_tensors, write_tensors
+from kilotune.engine.interrupt import between_steps
 from kilotune.engine.replica import Replica
 from kilotune.engine.step import BatchObjective, Memory, rate, train_step
 from kilotune.engine.tokenize import Example
@@ -54,7 +55,11 @@ class Trainer:
         sampler = BatchSampler(len(self.train), recipe.batch_size, derive(recipe.seed, "batches", "local"))
         best, without_gain, last = math.inf, 0, None
         while self.step < total:
-            self._one_step(sampler, total)
+            with between_steps() as interrupt:
+                self._one_step(sampler, total)
+                if interrupt.requested:
+                    self._save()
+                    raise KeyboardInterrupt
             last = None
             if recipe.evaluation.every and self.step % recipe.evaluation.every == 0 and self.step < total:
                 last = self._measure()

@@ -45,13 +45,18 @@ class Worker:
         folder: Path,
         keeps_rounds: bool,
         progress: Progress = lambda line: None,
+        checkpoint: Path | None = None,
     ) -> None:
         """`genesis` is the hash of the ledger's header; `keeps_rounds`: store received rounds to replay after a
-        restart (a client of its own) instead of relying on the run's ledger (a simulated one)."""
+        restart (a client of its own) instead of relying on the run's ledger (a simulated one). `checkpoint`: start
+        from this state instead of the base."""
         self.name, self.replica, self.folder = name, replica, folder
         self.train, self.held_out, self._evaluate, self._progress = train, held_out, evaluate, progress
         self._genesis, self._keeps_rounds = genesis, keeps_rounds
         self.round, self.head = 0, genesis
+        if checkpoint is not None:
+            self.head = replica.load(checkpoint)
+            self.round = replica.round
         if keeps_rounds:
             self._replay_kept()
 

@@ -1,7 +1,7 @@
 """Parametrization: what may change. A method attaches to a model and returns its live Trainable."""
 
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
@@ -22,11 +22,3 @@ class Parametrization(Method):
 
         `seed` initialises what starts random. Raises RecipeError for bad targets.
         """
-
-    def count(self, shapes: dict[str, tuple[int, ...]], size: int) -> dict[str, int]:
-        """Elements of each wire tensor, from the base's tensor shapes and the basis size, without loading anything."""
-        raise NotImplementedError(f"{self.method_name()} has no size formula")
-
-    def settings(self) -> dict[str, Any]:
-        """Values for a report."""
-        return self.model_dump()

@@ -12,7 +12,7 @@ from torch import nn
 
 from kilotune.parametrization import Directions, Parametrization, Trainable
 from kilotune.parametrization._direct import DirectTrainable
-from kilotune.parametrization._targets import parameters, select
+from kilotune.parametrization._targets import parameters
 
 
 class Full(Parametrization):
@@ -20,16 +20,6 @@ class Full(Parametrization):
 
     def attach(self, model: nn.Module, *, basis: Directions | None, seed: int) -> Trainable:
         return DirectTrainable(model, parameters(model, self.targets))
-
-    def count(self, shapes: dict[str, tuple[int, ...]], size: int) -> dict[str, int]:
-        return {name: _numel(shapes[name]) for name in select(list(shapes), self.targets)}
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for side in shape:
-        count *= side
-    return count
 
 
 METHOD = Full

@@ -147,8 +147,5 @@ class Subspace(Parametrization):
             raise IncompatibleError("parametrization 'subspace' needs a basis. Add basis: {name: tiled}.")
         return SubspaceTrainable(model, parameters(model, self.targets), basis)
 
-    def count(self, shapes: dict[str, tuple[int, ...]], size: int) -> dict[str, int]:
-        return {WIRE: size}
-
 
 METHOD = Subspace

@@ -123,7 +123,10 @@ def _listen(host: str, port: int) -> socket.socket:
         return listen(host, port)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise FederationError(f"port {port} on {host} is taken. Choose another with --port.") from None
+            raise FederationError(
+                f"port {port} on {host} is taken. Choose another with `kilotune server init --port`, "
+                "or stop what listens there."
+            ) from None
         reason = error.strerror or error
         raise FederationError(
             f"cannot listen on {address(host, port)}: {reason}. Choose another with --host."
