@@ -22,7 +22,7 @@ KILOTUNE = [sys.executable, "-m", "kilotune"]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--households", type=int, default=3)
     parser.add_argument("--keep", action="store_true", help="resume the folder instead of starting anew")
     args = parser.parse_args()
@@ -100,6 +100,7 @@ def report(summary: dict, output: Path, seconds: float) -> None:
     print(f"\n                    base   federated   ({after['num_examples']} held-out rows, all households)")
     print(f"loss            {before['loss']:8.3f}  {after['loss']:10.3f}")
     print(f"exact match     {before['exact_match']:8.1%}  {after['exact_match']:10.1%}")
+    print(f"ROUGE-L         {before['rouge_l']:8.1%}  {after['rouge_l']:10.1%}")
     up, down = summary["payload_up_bytes_per_client_round"], summary["payload_down_bytes_per_client_round"]
     socket_bytes = summary["socket"].values()
     per = len(summary["socket"]) * rounds
@@ -118,7 +119,7 @@ DEMO_SETTINGS = [
     "batch_size=8",
     "micro_batch_size=4",
     "local_steps=3",
-    "evaluation.limit=24",
+    "evaluation.limit=16",
     "evaluation.max_new_tokens=40",
 ]
 DEMO = [word for setting in DEMO_SETTINGS for word in ("--set", setting)]
