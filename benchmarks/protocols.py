@@ -3,8 +3,8 @@
     python benchmarks/protocols.py --data clinc150.jsonl.gz --output runs/protocols
 
 Clients are the values of the rows' `client` field (the first `--clients` of them). Everything a recipe fixes itself
-(basis, estimator, optimizer, codecs, learning rate) stays as shipped. `--tuned` adds FedKSeed and Ferret with a rate
-for this model, because published rates belong to larger ones.
+(basis, estimator, optimizer, codecs, learning rate) stays as shipped. `--tuned` adds FedKSeed with a rate
+measured for this model, because published rates belong to larger ones.
 """
 
 import argparse
@@ -19,7 +19,6 @@ RECIPES = ("kilotune", "kilotune_zeroth", "mixed", "fedavg_lora", "fedkseed", "f
 # Published rates move a 135M model hardly at all in a few dozen steps; these rows show the protocols at their best.
 TUNED = {
     "fedkseed, measured rate": ("fedkseed", ["optimizer.lr=auto", "estimator.clip=3"]),
-    "ferret, lr 1e-2": ("ferret", ["optimizer.lr=1e-2"]),
 }
 
 
