@@ -30,7 +30,7 @@ types: $(READY)
 
 bench: $(READY)  ## every number in the README
 	$(BIN)/python benchmarks/households.py --output runs/households
-	$(BIN)/python benchmarks/protocols.py --data $(SHARED)/clinc150.jsonl.gz --output runs/protocols
+	$(BIN)/python benchmarks/protocols.py --data $(SHARED)/clinc150.jsonl.gz --tuned --output runs/protocols
 
 docs: $(READY)  ## regenerate docs/papers.md
 	$(BIN)/kilotune methods --papers > docs/papers.md

@@ -16,7 +16,7 @@ from typing import Any
 from common import figure, run_recipe, write_table
 
 RECIPES = ("kilotune", "kilotune_zeroth", "mixed", "fedavg_lora", "fedkseed", "fedkseed_pro", "ferret")
-# Published rates move a 135M model hardly at all in a few dozen steps; these rows show the protocols at their best.
+# The published rate moves a 135M model hardly at all in a few dozen steps; this row shows the protocol at a better one.
 TUNED = {
     "fedkseed, measured rate": ("fedkseed", ["optimizer.lr=auto", "estimator.clip=3"]),
 }
