@@ -134,7 +134,7 @@ def test_name_and_root_make_new_noise_and_the_shape_does_not(make):
 
 
 def test_visiting_order_and_frozen_tensors_do_not_matter(make):
-    """Acceptance 4 at the level of the basis. Kills: any state carried from tensor to tensor."""
+    """One digest however it is computed. Kills: any state carried from tensor to tensor."""
     basis, shapes = make(), {"a": (5, 13), "b": (100,), "c": (1,), "d": (65, 2)}
     coordinates = numbers(9, SIZE)
 
