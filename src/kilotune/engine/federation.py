@@ -42,6 +42,7 @@ class Tally:
     client_digests: dict[str, str] = field(default_factory=dict)
 
 
+NEWCOMER_S = 60.0  # how long a round waits for the first word of clients that are new or back
 FAREWELL_S = 60.0  # how long a client that is away at the very end is waited for
 COUNTED = ("up_bytes", "down_bytes", "client_rounds", "peak_rss_bytes")
 """What of the tally goes on when a run is resumed."""
@@ -106,17 +107,20 @@ class Federation:
     def greet(self) -> None:
         """Ask everyone reachable what they hold; refuse who follows another recipe or base."""
         roster = self.exchange.roster()
-        requests = {client: Request("hello", self._common()) for client in roster}
-        for client, reply in self.exchange.exchange(requests, self.plan.recipe.deadline_s):
+        self._ask(roster, self.plan.recipe.deadline_s)
+        if not self._known:
+            raise FederationError(
+                f"no client of {len(roster)} could join: see the refusals above. Check recipe and base on both ends."
+            )
+
+    def _ask(self, clients: list[str], deadline_s: float) -> None:
+        requests = {client: Request("hello", self._common()) for client in clients}
+        for client, reply in self.exchange.exchange(requests, deadline_s):
             if reply.error is not None:
                 self.emit({"event": "client", "client": client, "status": "refused", "why": reply.error})
                 continue
             self._known[client] = int(reply.body["round"])
             self.emit({"event": "client", "client": client, "status": "joined", **_numbers(reply)})
-        if not self._known:
-            raise FederationError(
-                f"no client of {len(roster)} could join: see the refusals above. Check recipe and base on both ends."
-            )
 
     def finish(self) -> None:
         """Hand everyone the last rounds, so that all end with the same weights."""
@@ -134,7 +138,7 @@ class Federation:
     def round(self, number: int) -> None:
         """One round, committed to the ledger. Raises FederationError when too few clients answer."""
         started = time.monotonic()
-        self._greet_newcomers()
+        self._ask([c for c in self.exchange.roster() if c not in self._known], NEWCOMER_S)
         roster = sorted(self._known)
         chosen = self.plan.schedule.sample(number, roster, stream(self.plan.recipe.seed, "schedule", number))
         progress = (number - 1) / (self.plan.recipe.rounds or 1)
@@ -165,15 +169,6 @@ class Federation:
                 "head": self.ledger.head,
             }
         )
-
-    def _greet_newcomers(self) -> None:
-        new = [c for c in self.exchange.roster() if c not in self._known]
-        for client, reply in self.exchange.exchange({c: Request("hello", self._common()) for c in new}, 60.0):
-            if reply.error is None:
-                self._known[client] = int(reply.body["round"])
-                self.emit({"event": "client", "client": client, "status": "joined", **_numbers(reply)})
-            else:
-                self.emit({"event": "client", "client": client, "status": "refused", "why": reply.error})
 
     def _common(self) -> dict[str, str | int | float | bool]:
         return {"recipe_id": self.plan.id, "base_digest": self.replica.base.digest, "head": self.ledger.head}

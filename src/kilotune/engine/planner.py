@@ -1,5 +1,6 @@
 """Planner: bytes by formula, memory by formula or probe, time by one probe step — before a run starts."""
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -54,14 +55,13 @@ def predict(plan: Plan, clients: int | None, probe: bool) -> dict[str, Any]:
     }
     if federated:
         result |= payload_bytes(plan, numel, work.clients)
-    formula = memory_bytes(plan, shapes, numel, work, base)
     if probe:
         seconds = _probe(plan, replica, work)
         steps = (plan.recipe.rounds or 0) * work.clients * plan.recipe.local_steps or plan.recipe.steps or 0
         result |= {"seconds_per_step": seconds, "seconds": seconds * steps}
         result["peak_rss_bytes"] = peak_rss() + _export_bytes(plan, numel)
     else:
-        result["peak_rss_bytes"] = formula
+        result["peak_rss_bytes"] = memory_bytes(plan, shapes, numel, work, base)
     return result
 
 
@@ -88,7 +88,7 @@ def memory_bytes(
     plan: Plan, shapes: dict[str, tuple[int, ...]], numel: dict[str, int], work: Workload, base: Base
 ) -> int:
     """Peak resident bytes of one process by formula: program, weights, copies, gradients, optimizer, activations."""
-    weights = {name: _product(shape) for name, shape in shapes.items()}
+    weights = {name: math.prod(shape) for name, shape in shapes.items()}
     total, largest = sum(weights.values()), max(weights.values())
     trained = sum(numel.values())
     subspace = plan.parametrization.uses_basis
@@ -108,13 +108,6 @@ def memory_bytes(
 def _export_bytes(plan: Plan, numel: dict[str, int]) -> int:
     """What making a payload holds at once beyond training: the difference, and its encoding."""
     return (FLOAT + 2) * sum(numel.values()) if plan.uplink.method_name() in ("dense", "projection") else 0
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    count = 1
-    for side in shape:
-        count *= side
-    return count
 
 
 def _probe(plan: Plan, replica: Replica, work: Workload) -> float:

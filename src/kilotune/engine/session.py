@@ -195,29 +195,39 @@ def finish(
     """Outputs of a federation: seed file or adapter, summary, report."""
     tally, ledger = federation.tally, federation.ledger
     outputs = write_outputs(run, plan, federation.replica, ledger)
-    before = reports["before"].overall.to_json() if "before" in reports else first_evaluation(run)
     rounds_done = max(1, tally.client_rounds)
     summary = {
         "command": "federate",
         "rounds": len(ledger),
         "clients": num_clients,
-        "digest": federation.replica.digest(),
         "ledger_head": ledger.head,
-        "recipe_id": plan.id,
-        "base": ledger.header.base,
-        "base_digest": ledger.header.base_digest,
+        **common_facts(run, plan, federation.replica, reports, seconds),
         "payload_up_bytes_per_client_round": round(tally.up_bytes / rounds_done, 1),
         "payload_down_bytes_per_client_round": round(tally.down_bytes / rounds_done, 1),
         "peak_rss_bytes": max(peak_rss(), tally.peak_rss_bytes),
-        "seconds": round(seconds, 2),
-        "eval": {"before": before, "after": reports["after"].overall.to_json()},
-        "eval_clients": {"after": reports["after"].clients_to_json()},
         "client_digests": {c: d for c, d in tally.client_digests.items() if d != "shared"},
         "outputs": outputs,
         **(extra or {}),
     }
     close(run, summary)
     return summary
+
+
+def common_facts(
+    run: RunFolder, plan: Plan, replica: Replica, reports: dict[str, EvaluationReport], seconds: float
+) -> dict[str, Any]:
+    """What every summary says, of a federation or of one machine."""
+    after = reports["after"]
+    before = reports["before"].overall.to_json() if "before" in reports else first_evaluation(run)
+    return {
+        "digest": replica.digest(),
+        "recipe_id": plan.id,
+        "base": replica.base.name,
+        "base_digest": replica.base.digest,
+        "seconds": round(seconds, 2),
+        "eval": {"before": before, "after": after.overall.to_json()},
+        "eval_clients": {"after": after.clients_to_json()},
+    }
 
 
 def close(run: RunFolder, summary: dict[str, Any]) -> None:
@@ -267,20 +277,13 @@ def tune(plan: Plan, output: Path, emit: Emit) -> dict[str, Any]:
         held_out = encode_rows(plan, base, rows.held_out, "evaluation", emit)
         trainer = Trainer(plan, replica, train, lambda r: measure(r, held_out), output, emit)
         reports = trainer.run()
-        before = reports["before"].overall.to_json() if "before" in reports else first_evaluation(run)
         summary = {
             "command": "tune",
             "steps": trainer.step,
             "rounds": 0,
             "clients": 1,
-            "digest": replica.digest(),
-            "recipe_id": plan.id,
-            "base": base.name,
-            "base_digest": base.digest,
+            **common_facts(run, plan, replica, reports, time.monotonic() - started),
             "peak_rss_bytes": peak_rss(),
-            "seconds": round(time.monotonic() - started, 2),
-            "eval": {"before": before, "after": reports["after"].overall.to_json()},
-            "eval_clients": {"after": reports["after"].clients_to_json()},
             "outputs": write_outputs(run, plan, replica, None),
         }
         close(run, summary)

@@ -18,7 +18,7 @@ from kilotune.engine.interrupt import between_steps
 from kilotune.engine.replica import Replica
 from kilotune.engine.step import BatchObjective, Memory, rate, train_step
 from kilotune.engine.tokenize import Example
-from kilotune.engine.worker import micro_batches, peak_rss
+from kilotune.engine.worker import micro_batches
 
 CHECKPOINT = "checkpoint.safetensors"
 CHECKPOINTS_PER_RUN = 10
@@ -42,7 +42,6 @@ class Trainer:
         self.evaluate, self.folder, self.emit = evaluate, folder, emit
         self.memory = Memory.empty()
         self.step = 0
-        self.peak_rss_bytes = 0
 
     def run(self) -> dict[str, EvaluationReport]:
         """All steps that are missing; returns the evaluations before (when starting) and after."""
@@ -72,7 +71,6 @@ class Trainer:
                 self._save()
                 break
         after = last if last is not None else self._measure()
-        self.peak_rss_bytes = peak_rss()
         return {"after": after} | ({"before": before} if before is not None else {})
 
     def _one_step(self, sampler: BatchSampler, total: int) -> None:

@@ -52,7 +52,7 @@ class Worker:
         from this state instead of the base."""
         self.name, self.replica, self.folder = name, replica, folder
         self.train, self.held_out, self._evaluate, self._progress = train, held_out, evaluate, progress
-        self._genesis, self._keeps_rounds = genesis, keeps_rounds
+        self._keeps_rounds = keeps_rounds
         self.round, self.head = 0, genesis
         if checkpoint is not None:
             self.head = replica.load(checkpoint)
@@ -121,8 +121,8 @@ class Worker:
 
     def _finish(self, request: Request) -> Reply:
         self._catch_up(request, list(request.payloads))
-        digest = self.replica.digest() if self._keeps_rounds else ""
-        return Reply(body={**self._standing(), "digest": digest or "shared", "peak_rss_bytes": peak_rss()})
+        digest = self.replica.digest() if self._keeps_rounds else "shared"
+        return Reply(body={**self._standing(), "digest": digest, "peak_rss_bytes": peak_rss()})
 
     # -- rounds -----------------------------------------------------------------------------------------------
 
@@ -155,8 +155,6 @@ class Worker:
             raise WireError(f"asked to train round {number}, but the model stands at round {self.replica.round}.")
         plan = self.replica.plan.for_group(int(request.body["group"]))
         memory, codec_state = self._load_state(number)
-        if not plan.recipe.keep_optimizer:
-            memory.optimizer.clear()
         context = self.replica.context(number)
         if probabilities is not None:
             self._set_probabilities(probabilities)
