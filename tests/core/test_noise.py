@@ -244,7 +244,10 @@ for name in sorted(lines):
 
 
 def test_threads_processes_order_and_frozen_tensors_do_not_change_noise_or_replayed_weights():
-    """One digest however it is computed. Kills: a shared generator, a reduction split by thread, noise that depends on visiting order."""
+    """One digest however it is computed.
+
+    Kills: a shared generator, a reduction split by thread, noise that depends on visiting order.
+    """
     runs = (("1", "0", ""), ("2", "1", ""), ("2", "0", "embed,bias"))
     started = []
     for arguments in runs:
