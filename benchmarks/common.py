@@ -6,10 +6,13 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 
@@ -60,6 +63,63 @@ def write_table(path: Path, title: str, columns: list[str], rows: list[list[str]
     lines += ["", *notes, "", "; ".join(f"{key} {value}" for key, value in facts.items())]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    content = {"title": title, "rows": [dict(zip(columns, row, strict=True)) for row in rows], "environment": facts}
+    table = [dict(zip(columns, row, strict=True)) for row in rows]
+    content = {"title": title, "rows": table, "notes": notes, "environment": facts}
     path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print("\n".join(lines))
+
+
+# -- ours against a baseline ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One line of benchmarks/results.md: a ratio measured in one run, and what it should be."""
+
+    what: str
+    ours: str  # with its unit, e.g. "0.12 s"
+    baseline: str  # what it is compared with, and its figure
+    ratio: float
+    target: float
+    better: Literal["lower", "higher"]  # which side of the target is a hit
+    spread: str = ""  # e.g. "5 pairs, 0.11-0.14 s"
+
+    @property
+    def hit(self) -> bool:
+        return self.ratio <= self.target if self.better == "lower" else self.ratio >= self.target
+
+    def cells(self) -> list[str]:
+        sign = "≤" if self.better == "lower" else "≥"
+        verdict = "hit" if self.hit else "miss"
+        return [
+            self.what,
+            self.ours,
+            self.baseline,
+            f"{self.ratio:.3g}",
+            f"{sign} {self.target:g}",
+            verdict,
+            self.spread,
+        ]
+
+
+COLUMNS = ["what", "ours", "baseline", "ratio", "target", "", "spread"]
+
+
+def paired_seconds(
+    ours: Callable[[], object], baseline: Callable[[], object], pairs: int = 5
+) -> tuple[list[float], list[float]]:
+    """Seconds of both, taken in turns so that a busy spell of the machine meets both; one untimed call of each first."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for run in (ours, baseline):
+        run()
+    for _ in range(pairs):
+        for run, taken in zip((ours, baseline), times, strict=True):
+            started = time.perf_counter()
+            run()
+            taken.append(time.perf_counter() - started)
+    return times
+
+
+def write_measurements(output: Path, title: str, rows: list[Measurement], notes: list[str]) -> None:
+    """`output`.json for benchmarks/results.py, and the same as a table on the terminal and in `output`.md."""
+    write_table(output, title, COLUMNS, [row.cells() for row in rows], notes)

@@ -10,6 +10,7 @@ import torch
 from federating import CLIENTS, content, plan, quiet
 from kilotune.core.errors import FederationError, RunError, WireError
 from kilotune.engine import seedfile
+from kilotune.engine.batches import micro_batches
 from kilotune.engine.compose import build
 from kilotune.engine.federation import Federation
 from kilotune.engine.flower.local import LocalExchange
@@ -19,7 +20,7 @@ from kilotune.engine.models import load_base
 from kilotune.engine.replica import Replica
 from kilotune.engine.session import encode_rows, evaluator, federate, header, split_rows
 from kilotune.engine.step import BatchObjective
-from kilotune.engine.worker import Worker, micro_batches
+from kilotune.engine.worker import Worker
 from tiny import save_tiny
 
 
@@ -74,7 +75,9 @@ def test_one_round_of_one_full_batch_sgd_step_is_the_centralised_step(base, data
     total = torch.zeros(())
     for members in rows.clients.values():
         examples = encode_rows(recipe, loaded, members, "", quiet)
-        objective = BatchObjective(loaded.model, micro_batches(examples, recipe, replica))
+        objective = BatchObjective(
+            loaded.model, micro_batches(examples, recipe.recipe, replica.base.tokenizer.pad_token_id)
+        )
         total = total + sum(part() for part in objective.parts()) / len(rows.clients)
     grads = torch.autograd.grad(total, list(params.values()))
     run_base = load_base(str(base), writable=True)

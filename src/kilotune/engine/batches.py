@@ -8,9 +8,10 @@ import torch
 
 from kilotune.core.rng import stream
 from kilotune.core.types import Batch
+from kilotune.engine.recipe import Recipe
 from kilotune.engine.tokenize import IGNORE, Example
 
-__all__ = ["BatchSampler", "collate", "evaluation_batches"]
+__all__ = ["BatchSampler", "collate", "evaluation_batches", "micro_batches"]
 
 
 @lru_cache(maxsize=64)
@@ -56,6 +57,13 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
         labels[row, :length] = example.labels
         mask[row, :length] = 1
     return Batch(torch.from_numpy(input_ids), torch.from_numpy(labels), torch.from_numpy(mask))
+
+
+def micro_batches(rows: Sequence[Example], recipe: Recipe, pad_id: int) -> list[Batch]:
+    """The rows of one step, cut into the recipe's micro-batches; rows of like length together, to pad little."""
+    size = recipe.micro_batch_size or len(rows)
+    rows = sorted(rows, key=lambda example: len(example.input_ids))
+    return [collate(rows[i : i + size], pad_id) for i in range(0, len(rows), size)]
 
 
 def evaluation_batches(examples: Sequence[Example], max_tokens: int) -> list[list[int]]:

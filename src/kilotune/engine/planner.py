@@ -9,6 +9,7 @@ import psutil
 
 from kilotune.aggregation.seed_sum import SeedSum
 from kilotune.core.rng import stream
+from kilotune.engine.batches import micro_batches
 from kilotune.engine.compose import Plan
 from kilotune.engine.evaluation import evaluate
 from kilotune.engine.models import Base, load_base
@@ -16,7 +17,7 @@ from kilotune.engine.replica import Replica
 from kilotune.engine.session import encode_rows, split_rows
 from kilotune.engine.step import BatchObjective, Memory, train_step
 from kilotune.engine.tokenize import Example
-from kilotune.engine.worker import MEMBERS_BYTES, micro_batches, peak_rss
+from kilotune.engine.worker import MEMBERS_BYTES, peak_rss
 
 FLOAT = 4
 ACTIVATIONS_PER_HIDDEN = (
@@ -119,7 +120,7 @@ def _probe(plan: Plan, replica: Replica, work: Workload) -> float:
     seconds = 0.0
     trainable.begin(0, plan.estimator.forward_only)
     for rows in (work.longest, typical, typical):
-        objective = BatchObjective(replica.model, micro_batches(rows, plan, replica))
+        objective = BatchObjective(replica.model, micro_batches(rows, plan.recipe, replica.base.tokenizer.pad_token_id))
         started = time.monotonic()
         train_step(trainable, plan.estimator, plan.optimizer, objective, memory, 1.0, stream(0, "probe"))
         seconds = time.monotonic() - started

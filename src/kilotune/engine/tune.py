@@ -10,7 +10,7 @@ from typing import Any
 
 from kilotune.core.errors import RunError
 from kilotune.core.rng import derive, stream
-from kilotune.engine.batches import BatchSampler
+from kilotune.engine.batches import BatchSampler, micro_batches
 from kilotune.engine.compose import Plan
 from kilotune.engine.evaluation import EvaluationReport
 from kilotune.engine.files import read_tensors, write_tensors
@@ -18,7 +18,6 @@ from kilotune.engine.interrupt import between_steps
 from kilotune.engine.replica import Replica
 from kilotune.engine.step import BatchObjective, Memory, rate, train_step
 from kilotune.engine.tokenize import Example
-from kilotune.engine.worker import micro_batches
 
 CHECKPOINT = "checkpoint.safetensors"
 CHECKPOINTS_PER_RUN = 10
@@ -77,7 +76,7 @@ class Trainer:
         started = time.monotonic()
         recipe = self.plan.recipe
         rows = [self.train[i] for i in sampler.indices(self.step)]
-        batches = micro_batches(rows, self.plan, self.replica)
+        batches = micro_batches(rows, recipe, self.replica.base.tokenizer.pad_token_id)
         factor = rate(recipe.lr_schedule, recipe.warmup_frac, self.step / total)
         rng = stream(recipe.seed, "step", "local", self.step)
         report = train_step(

@@ -15,8 +15,8 @@ import torch
 from kilotune import __version__
 from kilotune.core.errors import FederationError, KilotuneError, WireError
 from kilotune.core.rng import derive, stream
-from kilotune.core.types import Batch, SeedUpdate, State, Update, WireContext
-from kilotune.engine.batches import BatchSampler, collate
+from kilotune.core.types import SeedUpdate, State, Update, WireContext
+from kilotune.engine.batches import BatchSampler, micro_batches
 from kilotune.engine.compose import Plan
 from kilotune.engine.evaluation import EvaluationReport
 from kilotune.engine.files import read_tensors, write_bytes, write_tensors
@@ -180,7 +180,9 @@ class Worker:
         reports = []
         for step in range(recipe.local_steps):
             rows = [self.train[i] for i in sampler.indices((number - 1) * recipe.local_steps + step)]
-            objective = BatchObjective(self.replica.model, micro_batches(rows, plan, self.replica))
+            objective = BatchObjective(
+                self.replica.model, micro_batches(rows, plan.recipe, self.replica.base.tokenizer.pad_token_id)
+            )
             rng = stream(recipe.seed, "step", self.name, number, step)
             reports.append(
                 train_step(self.replica.trainable, plan.estimator, plan.optimizer, objective, memory, factor, rng)
@@ -246,13 +248,6 @@ class Worker:
         write_tensors(self._state_path(number), tensors, {"head": self.head, **words})
         for old in [n for n in self._saved_rounds() if n < number][:-1]:
             self._state_path(old).unlink()
-
-
-def micro_batches(rows: list[Example], plan: Plan, replica: Replica) -> list[Batch]:
-    """The rows of one step, cut into the recipe's micro-batches; rows of like length together, to pad little."""
-    size = plan.recipe.micro_batch_size or len(rows)
-    rows = sorted(rows, key=lambda example: len(example.input_ids))
-    return [collate(rows[i : i + size], replica.base.tokenizer.pad_token_id) for i in range(0, len(rows), size)]
 
 
 def pairs(steps: list[StepReport]) -> SeedUpdate:
