@@ -108,7 +108,7 @@ COLUMNS = ["what", "ours", "baseline", "ratio", "target", "", "spread"]
 def paired_seconds(
     ours: Callable[[], object], baseline: Callable[[], object], pairs: int = 5
 ) -> tuple[list[float], list[float]]:
-    """Seconds of both, taken in turns so that a busy spell of the machine meets both; one untimed call of each first."""
+    """Seconds of both, in turns so that a busy spell of the machine meets both; one untimed call of each first."""
     times: tuple[list[float], list[float]] = ([], [])
     for run in (ours, baseline):
         run()

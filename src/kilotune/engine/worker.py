@@ -177,12 +177,11 @@ class Worker:
         recipe = plan.recipe
         sampler = BatchSampler(len(self.train), recipe.batch_size, derive(recipe.seed, "batches", self.name))
         factor = rate(recipe.lr_schedule, recipe.warmup_frac, progress)
+        pad_id = self.replica.base.tokenizer.pad_token_id
         reports = []
         for step in range(recipe.local_steps):
             rows = [self.train[i] for i in sampler.indices((number - 1) * recipe.local_steps + step)]
-            objective = BatchObjective(
-                self.replica.model, micro_batches(rows, plan.recipe, self.replica.base.tokenizer.pad_token_id)
-            )
+            objective = BatchObjective(self.replica.model, micro_batches(rows, plan.recipe, pad_id))
             rng = stream(recipe.seed, "step", self.name, number, step)
             reports.append(
                 train_step(self.replica.trainable, plan.estimator, plan.optimizer, objective, memory, factor, rng)
