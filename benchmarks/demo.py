@@ -117,7 +117,6 @@ def report(summary: dict, output: Path, seconds: float) -> None:
 DEMO_SETTINGS = [
     "data.system=",
     "batch_size=8",
-    "micro_batch_size=4",
     "local_steps=3",
     "evaluation.limit=16",
     "evaluation.max_new_tokens=40",

@@ -32,7 +32,7 @@ def main() -> None:
     union = [*shared, f"steps={steps}", f"batch_size={args.batch_size * args.households}"]
     jobs = {
         "federated, kilotune": ("kilotune", [*shared, *rounds]),
-        "centralised, LoRA": ("local_lora", [*union, f"micro_batch_size={args.batch_size}"]),
+        "centralised, LoRA": ("local_lora", union),
     }
     for name in names()[: args.households]:
         jobs[f"{name} alone, LoRA"] = ("local_lora", [*alone, f"data.only={name}"])

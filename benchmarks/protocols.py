@@ -43,8 +43,7 @@ def main() -> None:
     for label, (recipe, changes) in jobs.items():
         if args.only and recipe not in args.only:
             continue
-        extra = ["micro_batch_size=null"] if recipe == "ferret" else []
-        extra += ["clients=" + json.dumps(same_steps(args.local_steps))] if recipe == "mixed" else []
+        extra = ["clients=" + json.dumps(same_steps(args.local_steps))] if recipe == "mixed" else []
         folder = args.output / label.replace(", ", "-").replace(" ", "_")
         results[label] = run_recipe(recipe, [*shared, *extra, *changes], folder)
         print(figure(label, results[label]), flush=True)

@@ -5,17 +5,15 @@ import json
 import sys
 import types
 
-import hypothesis
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kilotune.core.errors import DataError, RecipeError
-from kilotune.engine.batches import BatchSampler, collate, evaluation_batches
+from kilotune.engine.batches import BatchSampler
 from kilotune.engine.data import (
     Row,
     data_digest,
@@ -26,7 +24,6 @@ from kilotune.engine.data import (
     read_sample,
     select,
 )
-from kilotune.engine.tokenize import IGNORE, Example
 from kilotune.partition.field import ByField
 from kilotune.partition.iid import IID
 
@@ -287,32 +284,3 @@ def test_any_step_can_be_asked_first():
     assert forward != [BatchSampler(10, 4, 8).indices(step) for step in range(20)]
     epochs = np.concatenate(forward).reshape(-1, 10)
     assert len({tuple(epoch) for epoch in epochs.tolist()}) == len(epochs)  # 8 permutations of 10: all differ
-
-
-def example(length, prompt, row=0):
-    ids = np.arange(1, length + 1, dtype=np.int32)
-    return Example(ids, np.where(ids > prompt, ids, IGNORE).astype(np.int32), prompt, "", None, row)
-
-
-def test_padding_is_right_masked_and_without_loss():
-    """Kills: left padding; padding that is attended to or learnt; a dtype the model refuses."""
-    batch = collate([example(3, 1), example(5, 4)], pad_id=9)
-    assert batch.input_ids.tolist() == [[1, 2, 3, 9, 9], [1, 2, 3, 4, 5]]
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 0, 0], [1] * 5]
-    assert batch.labels.tolist() == [[-100, 2, 3, -100, -100], [-100, -100, -100, -100, 5]]
-    assert batch.num_labels == 3
-    assert {t.dtype for t in (batch.input_ids, batch.labels, batch.attention_mask)} == {torch.int64}
-
-
-@hypothesis.example([60, 1, 1], 100)
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 200))
-@FIXED
-def test_evaluation_batches_hold_every_example_once_within_the_budget(lengths, budget):
-    """Kills: an example lost or repeated; a budget that forgets the padding; unsorted batches."""
-    groups = evaluation_batches([example(length, 0) for length in lengths], budget)
-    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
-    for group in groups:
-        longest = max(lengths[i] for i in group)
-        assert len(group) == 1 or longest * len(group) <= budget
-    order = [lengths[i] for group in groups for i in group]
-    assert order == sorted(order, reverse=True)

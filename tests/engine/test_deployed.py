@@ -18,7 +18,7 @@ from kilotune.engine.session import federate
 
 pytestmark = pytest.mark.processes
 
-SETTINGS = ["rounds=6", "local_steps=2", "batch_size=4", "basis.size=64", "data.max_length=64", "deadline_s=120"]
+SETTINGS = ["rounds=6", "local_steps=2", "batch_size=4", "basis.size=64", "data.max_length=64", "deadline_s=240"]
 SETTINGS += ["evaluation.generate=false", "basis.refresh=run", "keep_optimizer=true"]  # so that clients have a memory
 PATIENCE_S = 240
 
@@ -49,7 +49,7 @@ class Deployment:
             words = ["server", "run", "kilotune", "--keys", str(self.folder / "keys")]
         else:
             join = self.folder / "keys" / f"{name}.join"
-            words = ["client", str(join), "--data", str(self.data), "--only", name, "--wait", "120"]
+            words = ["client", str(join), "--data", str(self.data), "--only", name, "--wait", str(PATIENCE_S)]
         self.processes[name] = self._run(*words, "--output", str(self.folder / name), *sets)
 
     def kill(self, name: str) -> None:
@@ -57,13 +57,14 @@ class Deployment:
         self.processes[name].wait()
 
     def events(self) -> Iterator[dict]:
-        """The server's events as they are written, until it ends."""
+        """The server's events as they are written, until it ends; an error when none comes for PATIENCE_S."""
         path, seen, deadline = self.folder / "server" / "metrics.jsonl", 0, time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
             ended = self.processes["server"].poll() is not None
             lines = path.read_text().split("\n")[:-1] if path.exists() else []
             for line in lines[seen:]:
                 yield json.loads(line)
+                deadline = time.monotonic() + PATIENCE_S
             seen = len(lines)
             if ended and self.processes["server"].poll() is not None:
                 return

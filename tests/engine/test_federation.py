@@ -76,7 +76,7 @@ def test_one_round_of_one_full_batch_sgd_step_is_the_centralised_step(base, data
     for members in rows.clients.values():
         examples = encode_rows(recipe, loaded, members, "", quiet)
         objective = BatchObjective(
-            loaded.model, micro_batches(examples, recipe.recipe, replica.base.tokenizer.pad_token_id)
+            loaded.model, micro_batches(examples, recipe.recipe, loaded.model, replica.base.tokenizer.pad_token_id)
         )
         total = total + sum(part() for part in objective.parts()) / len(rows.clients)
     grads = torch.autograd.grad(total, list(params.values()))

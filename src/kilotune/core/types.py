@@ -11,11 +11,17 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Batch:
-    """A padded batch; labels are already aligned with input_ids (-100 where no loss)."""
+    """A batch; labels are already aligned with input_ids (-100 where no loss).
+
+    A row holds one example, or, when `positions` and `visible` are there, several laid end to end.
+    """
 
     input_ids: Tensor  # (B, T) int64
     labels: Tensor  # (B, T) int64
-    attention_mask: Tensor  # (B, T) int64
+    attention_mask: Tensor  # (B, T) int64, 0 on padding
+    rows: Tensor | None = None  # (B, T) int64, the example each token belongs to, -1 on padding; none: the batch row
+    positions: Tensor | None = None  # (B, T) int64, of each token in its example
+    visible: Tensor | None = None  # (B, 1, T, T) bool, [b, 0, q, k]: token q attends to token k
 
     @property
     def num_labels(self) -> int:

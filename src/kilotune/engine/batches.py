@@ -1,17 +1,18 @@
-"""Batches: which examples make up step t, and padding. Batch t is a function of (number, seed, t) and nothing else."""
+"""Batches: which examples make up step t, a function of (number, seed, t) and nothing else; their layout in memory."""
 
 from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
-import torch
+from torch import nn
 
 from kilotune.core.rng import stream
 from kilotune.core.types import Batch
+from kilotune.engine.packing import can_pack, lay_out
 from kilotune.engine.recipe import Recipe
-from kilotune.engine.tokenize import IGNORE, Example
+from kilotune.engine.tokenize import Example
 
-__all__ = ["BatchSampler", "collate", "evaluation_batches", "micro_batches"]
+__all__ = ["BatchSampler", "micro_batches"]
 
 
 @lru_cache(maxsize=64)
@@ -45,34 +46,6 @@ class BatchSampler:
         return chosen
 
 
-def collate(examples: Sequence[Example], pad_id: int) -> Batch:
-    """Right-padded to the longest; padding has mask 0 and no label. Which pad_id is used changes no loss."""
-    shape = (len(examples), max(len(example.input_ids) for example in examples))
-    input_ids = np.full(shape, pad_id, dtype=np.int64)  # (B, T)
-    labels = np.full(shape, IGNORE, dtype=np.int64)
-    mask = np.zeros(shape, dtype=np.int64)
-    for row, example in enumerate(examples):
-        length = len(example.input_ids)
-        input_ids[row, :length] = example.input_ids
-        labels[row, :length] = example.labels
-        mask[row, :length] = 1
-    return Batch(torch.from_numpy(input_ids), torch.from_numpy(labels), torch.from_numpy(mask))
-
-
-def micro_batches(rows: Sequence[Example], recipe: Recipe, pad_id: int) -> list[Batch]:
-    """The rows of one step, cut into the recipe's micro-batches; rows of like length together, to pad little."""
-    size = recipe.micro_batch_size or len(rows)
-    rows = sorted(rows, key=lambda example: len(example.input_ids))
-    return [collate(rows[i : i + size], pad_id) for i in range(0, len(rows), size)]
-
-
-def evaluation_batches(examples: Sequence[Example], max_tokens: int) -> list[list[int]]:
-    """Indices grouped by length, longest first, each group at most max_tokens with its padding (or one example)."""
-    lengths = [len(example.input_ids) for example in examples]
-    groups: list[list[int]] = []
-    for index in sorted(range(len(examples)), key=lambda i: (-lengths[i], i)):
-        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= max_tokens:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-    return groups
+def micro_batches(rows: Sequence[Example], recipe: Recipe, model: nn.Module, pad_id: int) -> list[Batch]:
+    """The rows of one step in batches of the recipe's `micro_batch_tokens`, packed where the model can."""
+    return lay_out(rows, recipe.micro_batch_tokens, pad_id, can_pack(model))

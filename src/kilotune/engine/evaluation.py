@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from kilotune.engine.batches import collate, evaluation_batches
 from kilotune.engine.generation import generate
 from kilotune.engine.loss import label_losses
+from kilotune.engine.packing import can_pack, lay_out
 from kilotune.engine.tokenize import Example
 
 __all__ = ["EvaluationReport", "Figures", "evaluate"]
@@ -153,12 +153,12 @@ def _measure_loss(
     pad_id = tokenizer.pad_token_id or 0
     sums, counts = [0.0] * len(examples), [0] * len(examples)
     done = 0
-    for group in evaluation_batches(examples, batch_tokens):
-        result = label_losses(model, collate([examples[i] for i in group], pad_id))
-        for place, loss in zip(result.rows.tolist(), result.losses.tolist(), strict=True):
-            sums[group[place]] += loss
-            counts[group[place]] += 1
-        done += len(group)
+    for batch in lay_out(examples, batch_tokens, pad_id, can_pack(model)):
+        result = label_losses(model, batch)
+        for row, loss in zip(result.rows.tolist(), result.losses.tolist(), strict=True):
+            sums[row] += loss
+            counts[row] += 1
+        done += len(set(batch.rows[batch.rows >= 0].tolist()))
         progress(done)
     for example, loss, count in zip(examples, sums, counts, strict=True):  # in the order of examples, not of batches
         figures = clients[example.client or NOBODY]

@@ -9,6 +9,7 @@ Right padding is never masked: with causal attention no labelled position can se
 faster. Sums are over rows in a fixed order and never split by threads.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -21,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kilotune.core.types import Batch
 
-__all__ = ["RowLosses", "answer_loss", "label_losses"]
+__all__ = ["RowLosses", "answer_loss", "label_losses", "splits"]
 
 IGNORE = -100
 CHUNK_NUMBERS = 1 << 24  # logits alive at once: 64 MiB in float32, and as much again for their softmax
@@ -32,7 +33,7 @@ class RowLosses:
     """Cross-entropy of every labelled position."""
 
     losses: Tensor  # (N,) float32
-    rows: Tensor  # (N,) int64, the batch row of each
+    rows: Tensor  # (N,) int64, the example of each (`Batch.rows`)
 
 
 def answer_loss(model: nn.Module, batch: Batch, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
@@ -53,19 +54,27 @@ def label_losses(model: nn.Module, batch: Batch) -> RowLosses:
 
 
 def _labelled(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor, nn.Module | None]:
-    """Hidden states (N, H) before the head, or logits (N, V) when the head is None; labels (N,), batch rows (N,)."""
+    """Hidden states (N, H) before the head, or logits (N, V) without a head; labels (N,) and their examples (N,)."""
     wanted = batch.labels[:, 1:] != IGNORE  # position t predicts token t + 1
     labels = batch.labels[:, 1:][wanted]
-    rows = wanted.nonzero()[:, 0]
-    mask = None if _right_padded(batch.attention_mask) else batch.attention_mask
+    rows = wanted.nonzero()[:, 0] if batch.rows is None else batch.rows[:, 1:][wanted]
     parts = _split(model)
     if parts is None:
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
         logits = logits[:, -batch.input_ids.shape[1] :]  # prompt tuning puts its virtual tokens in front
         return logits[:, :-1][wanted], labels, rows, None
     body, head = parts
-    hidden = body(input_ids=batch.input_ids, attention_mask=mask, use_cache=False).last_hidden_state  # (B, T, H)
+    hidden = body(input_ids=batch.input_ids, use_cache=False, **_attention(batch, body)).last_hidden_state  # (B, T, H)
     return hidden[:, :-1][wanted], labels, rows, head
+
+
+def _attention(batch: Batch, body: nn.Module) -> dict[str, Tensor | None]:
+    if batch.visible is None:
+        return {"attention_mask": None if _right_padded(batch.attention_mask) else batch.attention_mask}
+    autocast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if autocast else next(body.parameters()).dtype
+    mask = torch.zeros(batch.visible.shape, dtype=dtype).masked_fill_(~batch.visible, -math.inf)
+    return {"attention_mask": mask, "position_ids": batch.positions}
 
 
 def _right_padded(mask: Tensor) -> bool:
@@ -103,23 +112,26 @@ class _AnswerLoss(torch.autograd.Function):
     """Sum of the cross-entropies of hidden @ weight.T + bias, with its gradients made in the forward pass."""
 
     @staticmethod
+    @torch.autocast("cpu", enabled=False)
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
         needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         d_weight = torch.zeros_like(weight) if needs_weight else None
         d_bias = torch.zeros_like(bias) if needs_bias and bias is not None else None
-        total = hidden.new_zeros(())
+        total = weight.new_zeros(())
         rows = max(1, CHUNK_NUMBERS // weight.shape[0])
+        narrow = weight.to(hidden.dtype)  # bfloat16 inside autocast; else the weight itself
+        shift = None if bias is None else bias.to(hidden.dtype)
         for start in range(0, len(labels), rows):
             h, y = hidden[start : start + rows], labels[start : start + rows]
-            log_p = nnf.log_softmax(nnf.linear(h, weight, bias), dim=-1)  # (C, V)
+            log_p = nnf.log_softmax(nnf.linear(h, narrow, shift).to(weight.dtype), dim=-1)  # (C, V)
             total -= log_p.gather(1, y[:, None]).sum()
             d_logits = log_p.exp_()
             d_logits[torch.arange(len(y)), y] -= 1.0  # softmax - one-hot
             if d_hidden is not None:
-                torch.mm(d_logits, weight, out=d_hidden[start : start + rows])
+                torch.mm(d_logits.to(h.dtype), narrow, out=d_hidden[start : start + rows])
             if d_weight is not None:
-                d_weight.addmm_(d_logits.T, h)
+                d_weight.addmm_(d_logits.T, h.to(weight.dtype))
             if d_bias is not None:
                 d_bias += d_logits.sum(0)
         ctx.grads = (d_hidden, d_weight, d_bias)
@@ -142,6 +154,11 @@ def _is_plain_linear(head: nn.Module | None) -> bool:
 # -- body and head ----------------------------------------------------------------------------------------------------
 
 _PARTS: WeakKeyDictionary[nn.Module, tuple[nn.Module, nn.Module] | None] = WeakKeyDictionary()
+
+
+def splits(model: nn.Module) -> bool:
+    """Whether the model is a body and a head, so that the head can run on labelled positions alone."""
+    return _split(model) is not None
 
 
 def _split(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:

@@ -11,6 +11,7 @@ from kilotune.aggregation.seed_sum import SeedSum
 from kilotune.core.rng import stream
 from kilotune.engine.batches import micro_batches
 from kilotune.engine.compose import Plan
+from kilotune.engine.compute import Compute
 from kilotune.engine.evaluation import evaluate
 from kilotune.engine.models import Base, load_base
 from kilotune.engine.replica import Replica
@@ -98,8 +99,7 @@ def memory_bytes(
     gradient = largest if subspace or plan.parametrization.method_name() == "full" else trained
     moments = {"adamw": 2, "sgd": 0}.get(plan.optimizer.method_name(), 2) * trained
     config = base.model.config
-    rows = plan.recipe.micro_batch_size or plan.recipe.batch_size
-    tokens = sum(len(e.input_ids) for e in work.longest[:rows])
+    tokens = min(sum(len(e.input_ids) for e in work.longest), plan.recipe.micro_batch_tokens)
     kept = ACTIVATIONS_PER_HIDDEN * config.hidden_size * config.num_hidden_layers * tokens
     scratch = 2 * largest if overlay else kept + gradient
     numbers = total + copies + moments + scratch
@@ -120,7 +120,8 @@ def _probe(plan: Plan, replica: Replica, work: Workload) -> float:
     seconds = 0.0
     trainable.begin(0, plan.estimator.forward_only)
     for rows in (work.longest, typical, typical):
-        objective = BatchObjective(replica.model, micro_batches(rows, plan.recipe, replica.base.tokenizer.pad_token_id))
+        batches = micro_batches(rows, plan.recipe, replica.model, replica.base.tokenizer.pad_token_id)
+        objective = BatchObjective(replica.model, batches, Compute.of(plan.recipe))
         started = time.monotonic()
         train_step(trainable, plan.estimator, plan.optimizer, objective, memory, 1.0, stream(0, "probe"))
         seconds = time.monotonic() - started

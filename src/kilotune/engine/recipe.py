@@ -52,7 +52,11 @@ class Recipe(Section):
     steps: int | None = Field(None, ge=1, description="tune: optimizer steps in all")
     local_steps: int = Field(5, ge=1, description="optimizer steps per client and round; tune: steps between commits")
     batch_size: int = Field(16, ge=1, description="rows per optimizer step")
-    micro_batch_size: int | None = Field(None, ge=1, description="rows per forward pass; default: batch_size")
+    micro_batch_tokens: int = Field(1024, ge=1, description="tokens per forward pass at most; bounds the activations")
+    checkpointing: bool = Field(False, description="make activations twice instead of keeping them: memory for time")
+    precision: Literal["fp32", "bf16", "auto"] = Field(
+        "fp32", description="of matrix products; auto: bf16 where this machine is measured to be faster with it"
+    )
     lr_schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="decay over the whole run")
     warmup_frac: float = Field(0.0, ge=0, lt=1, description="fraction of the run in which the rate rises from 0")
     keep_optimizer: bool = Field(False, description="keep the local optimizer's state between rounds")

@@ -3,12 +3,14 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from torch import Tensor, nn
 
 from kilotune.core.trainable import Trainable
 from kilotune.core.types import Batch, State
+from kilotune.engine.compute import Compute
 from kilotune.engine.loss import answer_loss
 from kilotune.estimator import Estimator, Objective
 from kilotune.optimizer import Optimizer
@@ -26,13 +28,18 @@ class StepReport:
 class BatchObjective(Objective):
     """Mean loss over the labelled tokens of a batch that is computed in micro-batches."""
 
-    def __init__(self, model: nn.Module, batches: list[Batch]) -> None:
+    def __init__(self, model: nn.Module, batches: list[Batch], compute: Compute = Compute()) -> None:
         self._model = model
         self._batches = batches
+        self._compute = compute
         self._count = sum(batch.num_labels for batch in batches)
 
     def parts(self) -> list[Callable[[], Tensor]]:
-        return [lambda b=b: answer_loss(self._model, b, "sum") / self._count for b in self._batches]  # type: ignore[misc]
+        return [partial(self._share, batch) for batch in self._batches]
+
+    def _share(self, batch: Batch) -> Tensor:
+        with self._compute.around(self._model):
+            return answer_loss(self._model, batch, "sum") / self._count
 
 
 @dataclass

@@ -12,6 +12,7 @@ from kilotune.core.errors import RunError
 from kilotune.core.rng import derive, stream
 from kilotune.engine.batches import BatchSampler, micro_batches
 from kilotune.engine.compose import Plan
+from kilotune.engine.compute import Compute
 from kilotune.engine.evaluation import EvaluationReport
 from kilotune.engine.files import read_tensors, write_tensors
 from kilotune.engine.interrupt import between_steps
@@ -76,14 +77,14 @@ class Trainer:
         started = time.monotonic()
         recipe = self.plan.recipe
         rows = [self.train[i] for i in sampler.indices(self.step)]
-        batches = micro_batches(rows, recipe, self.replica.base.tokenizer.pad_token_id)
+        batches = micro_batches(rows, recipe, self.replica.model, self.replica.base.tokenizer.pad_token_id)
         factor = rate(recipe.lr_schedule, recipe.warmup_frac, self.step / total)
         rng = stream(recipe.seed, "step", "local", self.step)
         report = train_step(
             self.replica.trainable,
             self.plan.estimator,
             self.plan.optimizer,
-            BatchObjective(self.replica.model, batches),
+            BatchObjective(self.replica.model, batches, Compute.of(recipe)),
             self.memory,
             factor,
             rng,

@@ -18,6 +18,7 @@ from kilotune.core.rng import derive, stream
 from kilotune.core.types import SeedUpdate, State, Update, WireContext
 from kilotune.engine.batches import BatchSampler, micro_batches
 from kilotune.engine.compose import Plan
+from kilotune.engine.compute import Compute
 from kilotune.engine.evaluation import EvaluationReport
 from kilotune.engine.files import read_tensors, write_bytes, write_tensors
 from kilotune.engine.flower.messages import Reply, Request
@@ -181,7 +182,8 @@ class Worker:
         reports = []
         for step in range(recipe.local_steps):
             rows = [self.train[i] for i in sampler.indices((number - 1) * recipe.local_steps + step)]
-            objective = BatchObjective(self.replica.model, micro_batches(rows, plan.recipe, pad_id))
+            batches = micro_batches(rows, recipe, self.replica.model, pad_id)
+            objective = BatchObjective(self.replica.model, batches, Compute.of(recipe))
             rng = stream(recipe.seed, "step", self.name, number, step)
             reports.append(
                 train_step(self.replica.trainable, plan.estimator, plan.optimizer, objective, memory, factor, rng)
