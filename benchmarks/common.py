@@ -83,6 +83,7 @@ class Measurement:
     target: float
     better: Literal["lower", "higher"]  # which side of the target is a hit
     spread: str = ""  # e.g. "5 pairs, 0.11-0.14 s"
+    headline: bool = False  # one of the few lines the README shows
 
     @property
     def hit(self) -> bool:
@@ -123,3 +124,7 @@ def paired_seconds(
 def write_measurements(output: Path, title: str, rows: list[Measurement], notes: list[str]) -> None:
     """`output`.json for benchmarks/results.py, and the same as a table on the terminal and in `output`.md."""
     write_table(output, title, COLUMNS, [row.cells() for row in rows], notes)
+    path = output.with_suffix(".json")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["headlines"] = [row.cells() for row in rows if row.headline]
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
