@@ -1,5 +1,7 @@
 """Laws of every basis the registry finds, and of every noise law of `seeds`; then what only `tiled` promises."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from pydantic import ValidationError
 
 from kilotune.core import noise, registry
 from kilotune.core.errors import WireError
+from kilotune.core.int8 import Int8
 from kilotune.core.types import SeedUpdate
 
 SIZE = 64
@@ -122,6 +125,65 @@ def test_out_receives_the_result_and_spares_the_weight(make):
     assert same(weight, out)
     for nothing in ([], [(1, torch.zeros(SIZE))]):
         assert same(basis.add(before, "w", nothing, out=torch.full((40, 30), torch.nan)), before)
+
+
+def test_slices_of_a_tensor_equal_the_whole(make):
+    """Bit for bit, at starts inside words and blocks. Kills: noise that begins anew in a slice; a lost head or tail."""
+    basis, weight, size = make(), numbers(12, 300, 30), 9000
+    steps = [(1, numbers(13, SIZE)), (2, numbers(14, SIZE))]
+    whole = basis.add(weight, "w", steps, out=torch.empty(300, 30)).view(-1)
+    for cuts in ([0, 1, 64, 65, 700, 5000, size], [0, 63, 2100, 4096, 8999, size]):
+        for begin, end in pairwise(cuts):
+            part = weight.view(-1)[begin:end]
+            out = torch.full((end - begin,), torch.nan)
+            assert same(basis.add(part, "w", steps, out=out, start=begin), whole[begin:end]), (begin, end)
+            assert same(basis.add(part.clone(), "w", steps, start=begin), whole[begin:end]), (begin, end)
+    with pytest.raises(ValueError, match="got start -1, expected"):
+        basis.add(weight, "w", steps, start=-1)
+
+
+def test_both_signs_at_once_equal_two_additions(make):
+    """Bit for bit, zero coordinates and zero weights included. Kills: minus from rounded plus; swapped outputs."""
+    basis, weight = make(), numbers(15, 7000)
+    weight[::5] = 0.0
+    weight[::7] = -0.0
+    some = numbers(16, SIZE)
+    some[3] = 0.0
+    for start, coordinates, opposite in ((0, some, None), (77, some, numbers(17, SIZE)), (64, some, torch.zeros(SIZE))):
+        before, both = weight.clone(), [torch.full((7000,), torch.nan) for _ in range(2)]
+        basis.add_both(weight, "w", 5, coordinates, *both, start=start, opposite=opposite)
+        assert same(weight, before)
+        for got, coords in zip(both, (coordinates, -coordinates if opposite is None else opposite), strict=True):
+            expected = basis.add(weight, "w", [(5, coords)], out=torch.empty(7000), start=start)
+            assert same(got, expected), start
+    with pytest.raises(TypeError, match=r"out of shape \(9,\), expected \(7000,\)"):
+        basis.add_both(weight, "w", 5, some, torch.zeros(9), torch.zeros(9))
+
+
+def test_stored_weights_are_widened_added_to_and_rounded_once(make):
+    """Equal to float32 weights of the same values. Kills: half-precision sums; scales along the wrong side."""
+    basis, exact, steps = make(), numbers(18, 40, 30), [(1, numbers(19, SIZE)), (2, numbers(20, SIZE))]
+    int8 = Int8((exact * 50).clamp(-128, 127).to(torch.int8), numbers(21, 40).abs())
+    weights = {"bf16": exact.bfloat16(), "fp16": exact.half(), "int8": int8}
+    for kind, weight in weights.items():
+        wide = weight.values.float() * weight.scales[:, None] if kind == "int8" else weight.float()
+        expected = basis.add(wide, "w", steps, out=torch.empty(40, 30))
+        assert same(basis.add(weight, "w", steps, out=torch.empty(40, 30)), expected)
+        narrow = basis.add(weight, "w", steps, out=torch.empty(40, 30, dtype=torch.bfloat16))
+        assert same(narrow.float(), expected.bfloat16().float())
+        with pytest.raises(TypeError, match=r"expected contiguous float32|Give a float32 or bfloat16 tensor as out"):
+            basis.add(weight, "w", steps)
+
+
+def test_int8_weights_need_equally_long_rows():
+    """Kills: a last row without a scale; scales of another type read as float32."""
+    values = torch.zeros(4, 6, dtype=torch.int8)
+    assert Int8(values, torch.ones(8)).shape == (4, 6)
+    with pytest.raises(TypeError, match="got 5 scales for 24 values"):
+        Int8(values, torch.ones(5))
+    for wrong in ((values, torch.ones(4).double()), (values.float(), torch.ones(4)), (values, torch.ones(4, 1))):
+        with pytest.raises(TypeError, match="expected int8 and float32"):
+            Int8(*wrong)
 
 
 def test_name_and_root_make_new_noise_and_the_shape_does_not(make):

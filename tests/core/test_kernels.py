@@ -59,7 +59,7 @@ def test_tiled_add_equals_the_reference(size, threads):
     """Kills: a lost tail, a period that restarts at chunks, an addition order other than step by step."""
     weight = numbers(1, size=size)
     for period in PERIODS:
-        steps = [((root, 7), numbers(root, size=period)) for root in (5, 2**63 + 9, 6)]
+        steps = [((root, 7), numbers(root, size=period)) for root in (5, 2**63 + 9, 6, 6)]
         expected = reference.tiled_add(weight, steps)
         out = np.full_like(weight, np.nan)
         kernels.tiled_add(weight, out, steps)
@@ -78,6 +78,117 @@ def test_many_steps_need_not_fit_into_one_pass(monkeypatch, threads):
     assert same(out, reference.tiled_add(weight, steps))
     kernels.tiled_add(weight, out, [])
     assert same(out, weight)
+
+
+def stored(kind, size, seed=0):
+    """Weights of a kind, and what they are in float32."""
+    x = numbers(20, seed, size=size)
+    if kind == "int8":
+        rows = next(r for r in (7, 5, 3, 1) if size % r == 0)
+        values, scales = (x * 40).clip(-128, 127).astype(np.int8), np.abs(numbers(21, seed, size=rows))
+        return kernels.Stored(values, scales), reference.widen(values, scales)
+    values = {"float32": x, "bf16": reference.round_bf16(x), "fp16": x.astype(np.float16)}[kind]
+    return values if kind == "float32" else kernels.Stored(values), reference.widen(values)
+
+
+@pytest.mark.parametrize("law", noise.LAWS)
+def test_steps_over_one_pool_equal_one_after_the_other(law, monkeypatch, threads):
+    """Zeros in different places, more steps than are kept at a time. Kills: sums of steps merged before the weight;
+    noise of the last direction taken for the next one where a coefficient is 0."""
+    monkeypatch.setattr(kernels, "_ROWS", 3)
+    weight, out, keys = numbers(50, size=5000), np.empty(5000, np.float32), [(k, 9) for k in range(4)]
+    coefs = numbers(51, size=28).reshape(7, 4)
+    coefs[[0, 1, 2, 4], [0, 1, 3, 0]] = 0.0
+    expected = weight
+    for row in coefs:
+        expected = reference.seeds_add(expected, law, keys, row)
+    expected = reference.seeds_add(expected, law, keys[:2], coefs[6, :2])
+    kernels.seeds_add(weight, out, law, [(keys, coefs), (keys[:2], coefs[6, :2])])
+    assert same(out, expected)
+
+
+def test_every_half_precision_number_is_widened_exactly():
+    """All 2 x 65,536 of them. Kills: subnormals taken for normal numbers, infinity for 65536, a lost sign of zero."""
+    patterns = np.arange(1 << 16, dtype=np.uint16)
+    out = np.empty(patterns.size, np.float32)
+    for values, exact in (
+        (patterns, torch.from_numpy(patterns.view(np.int16)).view(torch.bfloat16).float().numpy()),
+        (patterns.view(np.float16), patterns.view(np.float16).astype(np.float32)),
+    ):
+        kernels.tiled_add(kernels.Stored(values), out, [])
+        number = ~np.isnan(exact)
+        assert same(out[number], exact[number])
+        assert np.array_equal(np.isnan(out), ~number)
+        assert np.array_equal(np.isnan(reference.widen(values)), ~number)
+        assert same(reference.widen(values)[number], exact[number])
+
+
+def test_bf16_results_are_rounded_to_nearest_even():
+    """Against torch, with ties, infinities and numbers near them. Kills: truncation; NaN that becomes infinity."""
+    high = np.arange(1 << 16, dtype=np.uint32) << 16
+    x = (
+        np.concatenate([high | low for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)])
+        .astype(np.uint32)
+        .view(np.float32)
+    )
+    got = np.empty(x.size, np.uint16)
+    kernels.tiled_add(x, got, [])
+    number = ~np.isnan(x)
+    exact = torch.from_numpy(x).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+    assert np.array_equal(got[number], exact[number])
+    assert np.isnan(reference.widen(got[~number])).all()
+    assert np.array_equal(reference.round_bf16(x[number]), exact[number])
+
+
+@pytest.mark.parametrize("kind", ["float32", "bf16", "fp16", "int8"])
+def test_adding_to_stored_weights_equals_the_reference(kind, threads):
+    """Sizes, starts, periods, roots and laws drawn at random. Kills: scales of the wrong row, a rounding per step,
+    a chunk whose head or tail is lost, weights that are written."""
+    rng = np.random.default_rng([30, len(kind)])
+    for trial in range(12):
+        size, start = int(rng.integers(1, 3000)), int(rng.integers(0, 200))
+        if trial == 0:
+            size, start = 2 * CHUNK + 35, CHUNK - 30
+        weight, exact = stored(kind, size, trial)
+        held = weight.values if isinstance(weight, kernels.Stored) else weight
+        before, padding = held.tobytes(), np.zeros(start, np.float32)
+        roots = [int(r) for r in rng.integers(0, 1 << 62, 3)]
+        steps = [((root, 7), numbers(root, size=int(1 << rng.integers(0, 10)))) for root in roots]
+        steps = [(key, np.resize(u, steps[0][1].size)) for key, u in steps]
+        law, coefs = noise.LAWS[trial % 3], numbers(31, trial, size=2)
+        moves = [([(root, 1), (root, 2)], coefs) for root in roots[:2]]
+        tiled = reference.tiled_add(np.append(padding, exact), steps)[start:]
+        seeds = np.append(padding, exact)
+        for keys, a in moves:
+            seeds = reference.seeds_add(seeds, law, keys, a)
+        for dtype, convert in ((np.float32, np.copy), (np.uint16, reference.round_bf16)):
+            out = np.empty(size, dtype)
+            kernels.tiled_add(weight, out, steps, start)
+            assert np.array_equal(out.view(np.uint8), convert(tiled).view(np.uint8)), (size, start)
+            kernels.seeds_add(weight, out, law, moves, start)
+            assert np.array_equal(out.view(np.uint8), convert(seeds[start:]).view(np.uint8)), (size, start, law)
+        assert held.tobytes() == before
+        assert kernels.rms(weight) == reference.rms(exact)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bf16", "int8"])
+def test_two_results_at_once_equal_two_additions(kind, threads):
+    """Kills: signs of the first result reused for another chunk; one result added to the other."""
+    for size, start in ((5, 62), (CHUNK - 10, 77), (CHUNK + 100, 64), (2 * CHUNK + 35, CHUNK - 30)):
+        weight, _ = stored(kind, size)
+        us, coefs = numbers(40, size=256).reshape(2, 128), numbers(41, size=6).reshape(2, 3)
+        keys = [(k, 5) for k in range(3)]
+        for dtype in (np.float32, np.uint16):
+            plus, minus, expected = (np.empty(size, dtype) for _ in range(3))
+            kernels.tiled_both(weight, plus, minus, (3, 4), (us[0], us[1]), start)
+            for got, u in zip((plus, minus), us, strict=True):
+                kernels.tiled_add(weight, expected, [((3, 4), u)], start)
+                assert np.array_equal(got.view(np.uint8), expected.view(np.uint8))
+            for law in ("sign", "uniform"):
+                kernels.seeds_both(weight, plus, minus, law, keys, coefs, start)
+                for got, a in zip((plus, minus), coefs, strict=True):
+                    kernels.seeds_add(weight, expected, law, [(keys, a)], start)
+                    assert np.array_equal(got.view(np.uint8), expected.view(np.uint8)), law
 
 
 def test_tiled_add_is_the_formula_in_exact_arithmetic():
@@ -171,10 +282,10 @@ def test_seeds_kernels_equal_the_reference(law, threads):
         coefs = np.array([0.3, -1e-3, 7.0], dtype=np.float32)
         expected = reference.seeds_add(weight, law, keys, coefs)
         out = np.full_like(weight, np.nan)
-        kernels.seeds_add(weight, out, law, keys, coefs)
+        kernels.seeds_add(weight, out, law, [(keys, coefs)])
         assert same(out, expected), size
         in_place = weight.copy()
-        kernels.seeds_add(in_place, in_place, law, keys, coefs)
+        kernels.seeds_add(in_place, in_place, law, [(keys, coefs)])
         assert same(in_place, expected), size
         assert same(kernels.seeds_project(weight, law, keys), reference.seeds_project(weight, law, keys)), size
 
@@ -187,7 +298,7 @@ def test_seeds_kernels_are_the_formula_up_to_rounding(law):
     z = np.array([noise.noise(law, 3, k, "w", 0, size) for k in range(count)], dtype=np.float64) * unit
     keys, coefs = [noise.stream_key(law, 3, k, "w") for k in range(count)], numbers(6, size=count)
     weight, out = numbers(7, size=size), np.empty(size, np.float32)
-    kernels.seeds_add(weight, out, law, keys, coefs)
+    kernels.seeds_add(weight, out, law, [(keys, coefs)])
     bound = (count + 3) * 2.0**-24 * (np.abs(coefs) @ np.abs(z) + np.abs(weight))
     assert (np.abs(out - (weight + coefs @ z)) <= bound).all()
     bound = 2.0**-22 * (np.abs(z) @ np.abs(weight))
@@ -197,7 +308,7 @@ def test_seeds_kernels_are_the_formula_up_to_rounding(law):
 def test_sqrt3_makes_the_uniform_law_of_variance_one():
     """Kills: a scale of sqrt(3)^2 or of 1. E[z z] over 2^18 elements within five sigma of 1."""
     z = np.zeros(1 << 18, np.float32)
-    kernels.seeds_add(z, z, "uniform", [(1, 2)], np.ones(1, np.float32))
+    kernels.seeds_add(z, z, "uniform", [([(1, 2)], np.ones(1, np.float32))])
     assert abs(np.square(z.astype(np.float64)).mean() - 1) <= 5 * (0.8 / z.size) ** 0.5
 
 

@@ -233,7 +233,7 @@ for name in sorted(sizes, reverse=backwards):
     w = np.linspace(-1, 1, sizes[name], dtype=np.float32)
     u = np.linspace(0.5, -0.25, 4096, dtype=np.float32)
     kernels.tiled_add(w, w, [(noise.stream_key("sign", root, 0, name), u) for root in (1, 2)])
-    kernels.seeds_add(w, w, "gaussian", [noise.stream_key("gaussian", 3, k, name) for k in (0, 9)], u[:2])
+    kernels.seeds_add(w, w, "gaussian", [([noise.stream_key("gaussian", 3, k, name) for k in (0, 9)], u[:2])])
     v = kernels.tiled_project(w, noise.stream_key("sign", 4, 0, name), 4096)
     bits = w.tobytes() + v.tobytes() + np.float32(kernels.rms(w)).tobytes()
     lines[name] = noise.tensor_digest("gaussian", [1, 2], name, sizes[name]) + hashlib.sha256(bits).hexdigest()

@@ -1,6 +1,6 @@
 """Basis: publicly known directions in weight space, so that a change of all weights is a few numbers.
 
-Two vocabularies for the same change. *Coordinates* (size,) are what `add_` and `project` work with;
+Two vocabularies for the same change. *Coordinates* (size,) are what `add` and `project` work with;
 *pairs* (direction index, coefficient) are what forward-only steps produce. `coordinates` turns pairs
 into coordinates. For `seeds` both coincide; for `tiled` they are related by the Hadamard matrix.
 
@@ -9,16 +9,21 @@ tensors, thread count and process do not matter. All arithmetic on weights is fl
 and in a fixed order, so two machines that apply the same coordinates hold the same bits.
 """
 
+from __future__ import annotations
+
 from abc import abstractmethod
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
-from torch import Tensor
 
+from kilotune.core.int8 import Int8
 from kilotune.core.method import Method
 from kilotune.core.types import SeedUpdate
 
-__all__ = ["Basis", "SeedUpdate"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Basis", "Int8", "SeedUpdate"]
 
 
 class Basis(Method):
@@ -44,11 +49,37 @@ class Basis(Method):
         """(size,) float32: coordinates of one direction with unit coefficient."""
 
     @abstractmethod
-    def add(self, weight: Tensor, name: str, steps: list[tuple[int, Tensor]], out: Tensor | None = None) -> Tensor:
+    def add(
+        self,
+        weight: Tensor | Int8,
+        name: str,
+        steps: list[tuple[int, Tensor]],
+        out: Tensor | None = None,
+        start: int = 0,
+    ) -> Tensor:
         """weight + Σ over steps (root, coordinates (size,)), applied one step after the other in float32.
 
-        `weight` is contiguous float32 of any shape, `name` its tensor name. Writes into `out` (may be
-        `weight` itself; default: `weight`, in place) and returns it. Coordinates are already scaled.
+        `weight` is contiguous, of any shape, `name` its tensor name. Writes into `out` (may be `weight` itself;
+        default: `weight`, in place) and returns it. Coordinates are already scaled. A slice of a tensor, such as
+        some rows, gives its first element's place in the whole as `start`. Weights in bf16, fp16 or int8 are only
+        read, widened to float32 as they are; `out` is float32, or bf16, rounded once after the last addition.
+        """
+
+    @abstractmethod
+    def add_both(
+        self,
+        weight: Tensor | Int8,
+        name: str,
+        root: int,
+        coordinates: Tensor,
+        plus: Tensor,
+        minus: Tensor,
+        start: int = 0,
+        opposite: Tensor | None = None,
+    ) -> None:
+        """`add` of one step into `plus`, and of `opposite` (default: -coordinates) into `minus`, in one pass.
+
+        The bits are those of two calls of `add`. `weight` is only read; the three must not overlap.
         """
 
     @abstractmethod

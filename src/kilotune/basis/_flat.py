@@ -1,30 +1,67 @@
 """Shared by the bases: tensors as flat NumPy views, and pairs summed so that their order leaves no trace."""
 
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
-from torch import Tensor, float32
 
 from kilotune.core.errors import WireError
+from kilotune.core.int8 import Int8
+from kilotune.core.lazy import torch
 from kilotune.core.types import SeedUpdate
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def flat(tensor: Tensor, where: str) -> np.ndarray:
-    """A flat view (no copy) of a contiguous float32 CPU tensor."""
-    if tensor.dtype != float32 or not tensor.is_contiguous() or tensor.device.type != "cpu":
+if TYPE_CHECKING:
+    from kilotune.core import kernels  # loads numba: only when noise is really made
+
+
+@cache
+def _bits() -> dict[Any, Any]:
+    return {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.float16: np.float16, torch.int8: np.int8}
+
+
+def flat(tensor: Tensor, where: str, *others: torch.dtype) -> np.ndarray:
+    """A flat view (no copy) of a contiguous float32 CPU tensor, or of one of the `others`; bf16 as its bits."""
+    if tensor.dtype not in (torch.float32, *others) or not tensor.is_contiguous() or tensor.device.type != "cpu":
         layout = "contiguous" if tensor.is_contiguous() else "strided"
         raise TypeError(
             f"{where}: got a {layout} {tensor.dtype} tensor on {tensor.device}, expected contiguous float32 on cpu. "
             "Convert it with .float().contiguous() first."
         )
-    array: np.ndarray = tensor.detach().view(-1).numpy()
-    return array
+    tensor = tensor.detach().view(-1)
+    array: np.ndarray = (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return array.view(_bits()[tensor.dtype])
 
 
-def flat_out(weight: Tensor, out: Tensor | None, where: str) -> tuple[Tensor, np.ndarray]:
-    """The tensor to write to and its flat view."""
-    target = weight if out is None else out
-    if target.shape != weight.shape:
-        raise TypeError(f"{where}: got out of shape {tuple(target.shape)}, expected {tuple(weight.shape)}.")
-    return target, flat(target, where)
+def flat_weight(weight: Tensor | Int8, where: str) -> kernels.Weight:
+    """Weights of any kind that can be read."""
+    from kilotune.core import kernels
+
+    if isinstance(weight, Int8):
+        return kernels.Stored(flat(weight.values, where, torch.int8), flat(weight.scales, where))
+    values = flat(weight, where, torch.bfloat16, torch.float16)
+    return values if values.dtype == np.float32 else kernels.Stored(values)
+
+
+def flat_out(weight: Tensor | Int8, out: Tensor | None, where: str) -> tuple[Tensor, np.ndarray]:
+    """The tensor to write to, float32 or a bf16 one given as `out`, and its flat view."""
+    if out is None:
+        if isinstance(weight, Int8):
+            raise TypeError(f"{where}: int8 weights are only read. Give a float32 or bfloat16 tensor as out.")
+        return weight, flat(weight, where)
+    if out.shape != weight.shape:
+        raise TypeError(f"{where}: got out of shape {tuple(out.shape)}, expected {tuple(weight.shape)}.")
+    return out, flat(out, where, torch.bfloat16)
+
+
+def check_start(start: int, where: str) -> None:
+    """Refuse a slice that would begin before its tensor."""
+    if start < 0:
+        raise ValueError(f"{where}: got start {start}, expected the place of the slice's first element, at least 0.")
 
 
 def vector(coordinates: Tensor, size: int, where: str) -> np.ndarray:

@@ -7,16 +7,21 @@ Coordinates are u = Hᵀ a, so any sum Σ a_k z_k is one pass w[i] += s[i] · u[
 Wire: coordinates travel, not pairs; noise law "sign", direction index 0 (docs/wire.md, noise spec v1).
 """
 
-from typing import ClassVar, Literal
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, field_validator
-from torch import Tensor, from_numpy
 
-from kilotune.basis import Basis
-from kilotune.basis._flat import check_index, flat, flat_out, scatter, vector
+from kilotune.basis import Basis, Int8
+from kilotune.basis._flat import check_index, check_start, flat, flat_out, flat_weight, scatter, vector
+from kilotune.core.lazy import torch
 from kilotune.core.noise import stream_key
 from kilotune.core.types import SeedUpdate
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Tiled(Basis):
@@ -42,7 +47,7 @@ class Tiled(Basis):
         """u = Hᵀ a in float32 butterflies, a the float32 sums of the pairs' coefficients."""
         from kilotune.core import kernels
 
-        return from_numpy(kernels.fwht(scatter(update, self.size, "basis.tiled")))
+        return torch.from_numpy(kernels.fwht(scatter(update, self.size, "basis.tiled")))
 
     def direction(self, index: int) -> Tensor:
         """Row `index` of H: (-1)^popcount(index & j)."""
@@ -50,24 +55,53 @@ class Tiled(Basis):
         parity = np.arange(self.size, dtype=np.uint64) & np.uint64(index)
         for shift in (32, 16, 8, 4, 2, 1):
             parity ^= parity >> np.uint64(shift)
-        return from_numpy((1 - 2 * (parity & np.uint64(1)).astype(np.int64)).astype(np.float32))
+        return torch.from_numpy((1 - 2 * (parity & np.uint64(1)).astype(np.int64)).astype(np.float32))
 
-    def add(self, weight: Tensor, name: str, steps: list[tuple[int, Tensor]], out: Tensor | None = None) -> Tensor:
+    def add(
+        self,
+        weight: Tensor | Int8,
+        name: str,
+        steps: list[tuple[int, Tensor]],
+        out: Tensor | None = None,
+        start: int = 0,
+    ) -> Tensor:
         """w[i] += s[i] · u[i mod M], step after step, each addition rounded to float32; one pass over memory."""
         from kilotune.core import kernels
 
         where = f"basis.tiled {name}"
+        check_start(start, where)
         target, flat_target = flat_out(weight, out, where)
         moves = [(stream_key("sign", root, 0, name), vector(u, self.size, where)) for root, u in steps]
-        kernels.tiled_add(flat(weight, where), flat_target, moves)
+        kernels.tiled_add(flat_weight(weight, where), flat_target, moves, start)
         return target
+
+    def add_both(
+        self,
+        weight: Tensor | Int8,
+        name: str,
+        root: int,
+        coordinates: Tensor,
+        plus: Tensor,
+        minus: Tensor,
+        start: int = 0,
+        opposite: Tensor | None = None,
+    ) -> None:
+        """w[i] ± s[i] · u[i mod M]: signs and weights are made and read once."""
+        from kilotune.core import kernels
+
+        where = f"basis.tiled {name}"
+        check_start(start, where)
+        opposite = -coordinates if opposite is None else opposite
+        us = vector(coordinates, self.size, where), vector(opposite, self.size, where)
+        outs = flat_out(weight, plus, where)[1], flat_out(weight, minus, where)[1]
+        kernels.tiled_both(flat_weight(weight, where), *outs, stream_key("sign", root, 0, name), us, start)
 
     def project(self, gradient: Tensor, name: str, root: int) -> Tensor:
         """v[j] = Σ_{i ≡ j mod M} s[i] · g[i], the gradient of u; float64 sums, rounded once."""
         from kilotune.core import kernels
 
         g = flat(gradient, f"basis.tiled {name}")
-        return from_numpy(kernels.tiled_project(g, stream_key("sign", root, 0, name), self.size))
+        return torch.from_numpy(kernels.tiled_project(g, stream_key("sign", root, 0, name), self.size))
 
 
 METHOD = Tiled

@@ -4,15 +4,18 @@ Every payload starts with a 4-byte magic of its codec (3 letters and a version d
 determined in length by its header, so that a cut, padded or foreign payload is refused.
 """
 
+from __future__ import annotations
+
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import ClassVar, Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from kilotune.core.errors import WireError
 from kilotune.core.method import Method
 from kilotune.core.types import SeedUpdate, State, TensorUpdate, Update, WireContext
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Codec", "SeedUpdate", "State", "TensorUpdate", "Update", "WireContext", "WireError"]
 
@@ -36,6 +39,10 @@ class Codec(Method):
 
         `update_numel`: elements of each tensor of a TensorUpdate; `num_pairs`: pairs of a SeedUpdate.
         """
+
+    def carried(self, state: State, root: int) -> State:
+        """The part of `state` that still means something in a round of this root; all of it by default."""
+        return state
 
     def expand(self, update: Update, context: WireContext) -> Iterator[tuple[str, Tensor]]:
         """(tensor name, change) pairs of a decoded update, one tensor at a time."""

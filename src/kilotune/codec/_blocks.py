@@ -1,8 +1,10 @@
 """Small arithmetic of block scales."""
 
+from functools import lru_cache
+
 import numpy as np
 
-from kilotune.codec._frame import numel
+from kilotune.codec._frame import Shapes, in_name_order, numel, table_checksum
 
 
 def round_up_fp16(values: np.ndarray) -> np.ndarray:
@@ -19,6 +21,13 @@ def block_peaks(values: np.ndarray, block: int) -> np.ndarray:
 def block_counts(shapes: dict[str, tuple[int, ...]], block: int) -> list[int]:
     """Blocks of each tensor."""
     return [-(-numel(shape) // block) for shape in shapes.values()]
+
+
+@lru_cache(maxsize=8)
+def layout(table: tuple[tuple[str, tuple[int, ...]], ...], block: int) -> tuple[Shapes, list[int], int, int]:
+    """Shapes in name order, blocks of each, numbers in all, checksum: the same for every payload of a run."""
+    shapes = in_name_order(dict(table))
+    return shapes, block_counts(shapes, block), sum(map(numel, shapes.values())), table_checksum(shapes)
 
 
 def signed(root: int) -> int:

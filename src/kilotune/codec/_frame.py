@@ -1,13 +1,17 @@
 """What all payloads share: a header of fixed size, a checksum of the tensor table, and checks before any allocation."""
 
+from __future__ import annotations
+
 import struct
 import zlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
 from kilotune.core.errors import WireError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -4,8 +4,14 @@ Source: Shu et al., "Ferret: Federated Full-Parameter Tuning at Scale for Large 
 rules of the official code.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SLICE = 2**20  # numbers that are squared at once
 

@@ -10,16 +10,17 @@ u64 n | fp16 step of each block | n numbers; little-endian, 25 + 2·blocks + wid
 tensor; tensors travel in name order.
 """
 
+from __future__ import annotations
+
 import math
 import struct
 from typing import Literal
 
 import numpy as np
-import torch
 from pydantic import Field
 
 from kilotune.codec import Codec, State, TensorUpdate, Update, WireContext, WireError
-from kilotune.codec._blocks import block_counts, block_peaks, round_up_fp16, signed
+from kilotune.codec._blocks import block_peaks, layout, round_up_fp16, signed
 from kilotune.codec._frame import (
     DTYPE_CODES,
     check,
@@ -30,6 +31,8 @@ from kilotune.codec._frame import (
     open_header,
     table_checksum,
 )
+from kilotune.codec._loops import compiled
+from kilotune.core.lazy import torch
 
 HEADER = struct.Struct("<4sBHhIIQ")
 MAGIC = b"COF1"
@@ -62,8 +65,9 @@ class Coefficients(Codec):
             scales.append(scale.astype("<f2"))
             numbers.append(number)
             if self.error_feedback:
-                lost = value - self._dequantize(number, scale, exponent)
-                state[f"residual/{name}"] = torch.from_numpy(lost.astype(np.float32)).reshape(shapes[name])
+                sent = self._dequantize(number, scale, exponent)
+                assert sent is not None, "coefficients: encoded numbers out of range"
+                state[f"residual/{name}"] = torch.from_numpy((value - sent).astype(np.float32)).reshape(shapes[name])
         if self.error_feedback:
             state["residual_root"] = torch.tensor(signed(context.root), dtype=torch.int64)
         head = (self.block, exponent, table_checksum(shapes), sum(s.size for s in scales), sum(q.size for q in numbers))
@@ -85,54 +89,55 @@ class Coefficients(Codec):
             values[name] = value + carried[name] if name in carried else value
         return values
 
+    def carried(self, state: State, root: int) -> State:
+        """Residuals, if the root is still theirs: under another one the same numbers are another direction."""
+        last = state.get("residual_root")
+        return state if self.error_feedback and last is not None and int(last) == signed(root) else {}
+
     def _carried(self, context: WireContext, state: State) -> dict[str, np.ndarray]:
-        """Residuals that still mean something: under another root the same numbers are another direction."""
-        root = state.get("residual_root")
-        if not self.error_feedback or root is None or int(root) != signed(context.root):
-            return {}
+        kept = self.carried(state, context.root)
         return {
-            name: state[f"residual/{name}"].reshape(-1).double().numpy()
+            name: kept[f"residual/{name}"].reshape(-1).double().numpy()
             for name in context.shapes
-            if f"residual/{name}" in state
+            if f"residual/{name}" in kept
         }
 
     def _quantize(self, value: np.ndarray, scale: np.ndarray, exponent: int) -> np.ndarray:
-        step = self._steps(scale, exponent, value.size)
+        step = np.repeat(np.ldexp(scale.astype(np.float64), exponent), self.block)[: value.size]
         ratio = np.divide(value, step, out=np.zeros_like(value), where=step > 0)
         return (ratio if self.dtype == "fp16" else np.rint(ratio)).astype(WIRE[self.dtype])
 
-    def _dequantize(self, number: np.ndarray, scale: np.ndarray, exponent: int) -> np.ndarray:
-        """(n,) float32. The product is exact in float64 and rounded once, so every machine gets the same bits."""
-        with np.errstate(over="ignore", invalid="ignore"):  # hostile steps; decode refuses the result
-            return (number * self._steps(scale, exponent, number.size)).astype(np.float32)
-
-    def _steps(self, scale: np.ndarray, exponent: int, count: int) -> np.ndarray:
-        """(n,) float64: the step of each number."""
-        return np.repeat(np.ldexp(scale.astype(np.float64), exponent), self.block)[:count]
+    def _dequantize(self, number: np.ndarray, scale: np.ndarray, exponent: int) -> np.ndarray | None:
+        """(n,) float32. The product is exact in float64 and rounded once, so every machine gets the same bits. None
+        when a number is beyond its range or a product is not finite: the payload is hostile."""
+        values = np.empty(number.size, np.float32)
+        steps = scale.astype(np.float64) * 2.0 ** min(max(exponent, -1000), 1000)  # far beyond float32 at both ends
+        if self.dtype == "fp16":  # which the compiler does not know
+            number = number.astype(np.float32)
+        return values if compiled()(number, steps, self.block, LIMIT[self.dtype], values) else None
 
     def decode(self, payload: bytes, context: WireContext) -> TensorUpdate:
         """Fresh float32 tensors in name order."""
-        shapes = in_name_order(context.shapes)
+        shapes, blocks, total, checksum = layout(tuple(context.shapes.items()), self.block)
         code, block, exponent, table, num_blocks, count = open_header("coefficients", HEADER, MAGIC, payload)
-        blocks, total = block_counts(shapes, self.block), sum(map(numel, shapes.values()))
-        width = np.dtype(WIRE[self.dtype]).itemsize
         check("coefficients", "dtype code", code, DTYPE_CODES[self.dtype])
         check("coefficients", "block", block, self.block)
-        check("coefficients", "table checksum", table, table_checksum(shapes))
+        check("coefficients", "table checksum", table, checksum)
         check("coefficients", "number of blocks", num_blocks, sum(blocks))
         check("coefficients", "number count", count, total)
-        check("coefficients", "length", len(payload), HEADER.size + 2 * sum(blocks) + width * total)
+        size = HEADER.size + 2 * num_blocks + np.dtype(WIRE[self.dtype]).itemsize * total
+        check("coefficients", "length", len(payload), size)
         scales = np.frombuffer(payload, "<f2", num_blocks, HEADER.size)
         numbers = np.frombuffer(payload, WIRE[self.dtype], total, HEADER.size + 2 * num_blocks)
-        check_finite("coefficients", "the steps", scales)
-        if (scales < 0).any() or (np.abs(numbers.astype(np.float64)) > LIMIT[self.dtype]).any():
-            raise WireError(f"coefficients: got numbers beyond {LIMIT[self.dtype]} or a negative step. It is altered.")
+        if scales.size and not scales.min() >= 0:  # NaN is not either
+            raise WireError("coefficients: got a step that is negative or no number. The payload is altered.")
         tensors, at, first = {}, 0, 0
         for (name, shape), step_count in zip(shapes.items(), blocks, strict=True):
             part, steps = numbers[at : at + numel(shape)], scales[first : first + step_count]
             values = self._dequantize(part, steps, exponent)
-            check_finite("coefficients", f"tensor {name!r}", values)
-            tensors[name] = torch.from_numpy(values).reshape(shape)
+            if values is None:
+                raise WireError(f"coefficients: got numbers out of range in tensor {name!r}. The payload is altered.")
+            tensors[name] = torch.from_numpy(values.reshape(shape))
             at, first = at + part.size, first + step_count
         return TensorUpdate(tensors)
 

@@ -6,14 +6,14 @@ Wire: "DNS1" | u8 dtype (0 fp32, 1 fp16, 2 bf16) | u32 table checksum | u64 n | 
 bytes. Tensors travel in name order; names and shapes are public and only their checksum is sent.
 """
 
+from __future__ import annotations
+
 import struct
 from io import BytesIO
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from kilotune.codec import Codec, State, TensorUpdate, Update, WireContext, WireError
 from kilotune.codec._frame import (
@@ -26,6 +26,10 @@ from kilotune.codec._frame import (
     open_header,
     table_checksum,
 )
+from kilotune.core.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HEADER = struct.Struct("<4sBIQ")
 MAGIC = b"DNS1"

@@ -11,19 +11,23 @@ u32 n | u16 count of each group | n u16 seeds | n fp32 coordinates, both by grou
 Memory: one tensor at a time on both sides; no copy of contiguous float32 tensors.
 """
 
+from __future__ import annotations
+
 import struct
 from collections.abc import Iterator
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from kilotune.codec import Codec, SeedUpdate, State, TensorUpdate, Update, WireContext, WireError
 from kilotune.codec._frame import check, check_finite, check_indices, check_tensors, numel, open_header, table_checksum
 from kilotune.codec._groups import budgets, flat, groups_of, square_norm
+from kilotune.core.lazy import torch
 from kilotune.core.noise import stream_key
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HEADER = struct.Struct("<4sBIHII")
 MAGIC = b"PRJ1"
@@ -118,7 +122,7 @@ class Projection(Codec):
             for name in members if coefs.size else ():
                 change = np.zeros(numel(context.shapes[name]), np.float32)
                 keys = [stream_key(self.law, context.root, int(k), name) for k in update.indices[mine]]
-                kernels.seeds_add(change, change, self.law, keys, coefs)
+                kernels.seeds_add(change, change, self.law, [(keys, coefs)])
                 yield name, torch.from_numpy(change).reshape(context.shapes[name])
 
     def predict_bytes(self, update_numel: dict[str, int], num_pairs: int) -> int:

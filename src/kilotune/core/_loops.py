@@ -147,16 +147,74 @@ def _fill_unit(law, k0, k1, start, out):  # type: ignore[no-untyped-def]
             out[i] = spec.SQRT3 * out[i]
 
 
+# ---- weights as they are stored -------------------------------------------------------------------
+
+
+@_jit
+def load_bf16(values, out):  # type: ignore[no-untyped-def]
+    bits = out.view(np.uint32)
+    for i in range(out.size):
+        bits[i] = np.uint32(values[i]) << np.uint32(16)
+
+
+@_jit
+def load_fp16(values, out):  # type: ignore[no-untyped-def]
+    for i in range(out.size):
+        h = np.uint32(values[i])
+        exponent, rest = h & np.uint32(0x7C00), np.uint32((h & np.uint32(0x7FFF)) << np.uint32(13))
+        shift = np.uint32(224 << 23) if exponent == np.uint32(0x7C00) else np.uint32(112 << 23)
+        usual = np.uint32(rest + shift).view(np.float32)
+        tiny = np.uint32(rest + np.uint32(113 << 23)).view(np.float32) - np.float32(2.0**-14)  # m 2^-24, exact
+        value = tiny if exponent == np.uint32(0) else usual
+        out[i] = -value if h & np.uint32(0x8000) else value
+
+
+@_jit
+def load_int8(values, scales, row, begin, out):  # type: ignore[no-untyped-def]
+    """Values begin, begin+1, ... of a slice whose first `row` values share the first scale."""
+    i = 0
+    while i < out.size:
+        at = (begin + i) // row
+        end = min((at + 1) * row - begin, out.size)
+        part, some, scale = out[i:end], values[begin + i : begin + end], scales[at]
+        for j in range(part.size):
+            part[j] = np.float32(some[j]) * scale
+        i = end
+
+
+@_jit
+def store_bf16(x, out):  # type: ignore[no-untyped-def]
+    """Round to nearest, ties to even; NaN stays NaN."""
+    bits = x.view(np.uint32)
+    for i in range(x.size):
+        b = bits[i]
+        odd = np.uint32((b >> np.uint32(16)) & np.uint32(1))
+        rounded = np.uint32(np.uint32(b + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+        nan = np.uint32((b >> np.uint32(16)) | np.uint32(0x40))
+        out[i] = np.uint16(nan if (b & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000) else rounded)
+
+
 # ---- one chunk of signs ---------------------------------------------------------------------------
 
 
 @_jit
-def _add_signs(x, start, k0, k1, u, words):  # type: ignore[no-untyped-def]
-    """x[i] += s[start+i] * u[(start+i) mod u.size]; start and u.size are multiples of 64, u.size a power of two."""
-    full = x.size >> 6
-    _words(k0, k1, start >> 6, words[: (x.size + 63) >> 6])
+def _add_few_signs(x, start, k0, k1, u):  # type: ignore[no-untyped-def]
+    """_add_signs one element at a time, for starts and ends that are no multiple of 64."""
+    for i in range(x.size):
+        element = start + i
+        negative = (_word(k0, k1, np.uint64(element >> 6)) >> np.uint64(element & 63)) & _U1
+        value = u[element & (u.size - 1)]
+        x[i] = x[i] + (-value if negative else value)
+
+
+@_jit
+def _add_words(x, start, u, words):  # type: ignore[no-untyped-def]
+    """x[i] += u[(start+i) mod u.size], negated where bit i of `words` is set; start is a multiple of 64.
+
+    One array that is read and written, not two: the compiler cannot tell two apart when they are the same.
+    """
     bits = u.view(np.uint32)
-    for w in range(full):
+    for w in range(x.size >> 6):
         offset = (start + 64 * w) & (u.size - 1) & _INDEX
         for h in range(2):  # 32 elements at a time: signs and floats then have the same width
             half = np.uint32((words[w] >> np.uint64(32 * h)) & np.uint64(0xFFFFFFFF))
@@ -164,9 +222,22 @@ def _add_signs(x, start, k0, k1, u, words):  # type: ignore[no-untyped-def]
             for b in range(32):
                 sign = np.uint32(np.uint32(half << np.uint32(31 - b)) & _TOP)
                 x[i + b] = x[i + b] + np.uint32(bits[j + b] ^ sign).view(np.float32)
-    for i in range(64 * full, x.size):
-        value = u[(start + i) & (u.size - 1)]
-        x[i] = x[i] + (-value if (words[full] >> np.uint64(i & 63)) & _U1 else value)
+
+
+@_jit
+def _add_signs(x, start, k0, k1, u, words, known):  # type: ignore[no-untyped-def]
+    """x[i] += s[start+i] * u[(start+i) mod u.size]; u.size is a power of two, at least 64.
+
+    `known` says that `words` already holds what the last call for this start and key has put there.
+    """
+    head = min(-start & 63, x.size)
+    full = (x.size - head) >> 6
+    tail = head + 64 * full
+    if not known:
+        _words(k0, k1, (start + head) >> 6, words[:full])
+    _add_few_signs(x[:head], start, k0, k1, u)
+    _add_words(x[head:tail], start + head, u, words)
+    _add_few_signs(x[tail:], start + tail, k0, k1, u)
 
 
 @_jit
@@ -203,16 +274,36 @@ def _sum_products(a, b, total):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def tiled_add(weight, out, copy, keys, us, first, last):  # type: ignore[no-untyped-def]
+def _bounds(span, length, start, size):  # type: ignore[no-untyped-def]
+    """Positions in a slice of `size` elements that begins at `start`: spans of the full tensor end at multiples."""
+    lower = start - (start & 63)
+    return max(lower + span * length - start, 0), min(lower + (span + 1) * length - start, size)
+
+
+@_jit
+def _copy(source, out):  # type: ignore[no-untyped-def]
+    for i in range(out.size):
+        out[i] = source[i]
+
+
+@_jit
+def tiled_add(source, plus, minus, keys, us, start, first, last):  # type: ignore[no-untyped-def]
+    """us (1 or 2, steps, M): the first go into `plus`, the second, where there are any, into `minus`.
+
+    Without a `source` (it is empty) both hold the weights already.
+    """
     words = np.empty(spec.CHUNK >> 6, np.uint64)
     for chunk in range(first, last):
-        start, stop = chunk * spec.CHUNK, min(chunk * spec.CHUNK + spec.CHUNK, out.size)
-        part, source = out[start:stop], weight[start:stop]
-        if copy:
-            for i in range(part.size):
-                part[i] = source[i]
+        begin, end = _bounds(chunk, spec.CHUNK, start, plus.size)
+        if source.size > 0:
+            for row in range(us.shape[0]):
+                _copy(source[begin:end], (minus if row else plus)[begin:end])
         for step in range(keys.shape[0]):
-            _add_signs(part, start, keys[step, 0], keys[step, 1], us[step], words)
+            k0, k1 = keys[step, 0], keys[step, 1]
+            again = step > 0 and k0 == keys[step - 1, 0] and k1 == keys[step - 1, 1]  # one root for the whole run
+            for row in range(us.shape[0]):
+                x = (minus if row else plus)[begin:end]
+                _add_signs(x, start + begin, k0, k1, us[row, step], words, again or row > 0)
 
 
 @_jit
@@ -229,27 +320,51 @@ def tiled_project(g, keys, period, size, first, last):  # type: ignore[no-untype
 
 
 @_jit
-def seeds_add(weight, out, law, keys, coefs, first, last):  # type: ignore[no-untyped-def]
+def _seeds_sums(law, keys, coefs, start, totals, z, u, words):  # type: ignore[no-untyped-def]
+    """totals[r, : z.size] <- sum over k of coefs[r, k] * z_k from `start` on; each z_k is made once for all rows.
+
+    A coefficient of 0 is passed over: its product would not change a bit, since a sum that began with +0 is never -0.
+    """
+    totals[:] = 0.0
+    for k in range(keys.shape[0]):
+        made = False
+        for row in range(totals.shape[0]):
+            coef, total = coefs[row, k], totals[row, : z.size]
+            if coef == 0.0:
+                continue
+            if law == spec.SIGN:
+                u[:] = coef
+                _add_signs(total, start, keys[k, 0], keys[k, 1], u, words, made)
+            else:
+                if not made:
+                    _fill_unit(law, keys[k, 0], keys[k, 1], start, z)
+                for i in range(total.size):
+                    total[i] = total[i] + coef * z[i]
+            made = True
+
+
+@_jit
+def seeds_add(source, plus, minus, both, law, keys, coefs, groups, start, first, last):  # type: ignore[no-untyped-def]
+    """groups (n, 3): keys from, to, and the rows of coefs (rows, keys) that are added one after the other.
+
+    With `both`, row 0 goes into `plus` and row 1 into `minus`; without, all rows go into `plus`. `source` as above.
+    """
     words = np.empty(BLOCK >> 6, np.uint64)
     z = np.empty(BLOCK, np.float32)
     u = np.empty(spec.LANES, np.float32)
+    totals = np.empty((coefs.shape[0], BLOCK), np.float32)
     for block in range(first, last):
-        start, stop = block * BLOCK, min(block * BLOCK + BLOCK, out.size)
-        part, source = out[start:stop], weight[start:stop]
-        total = np.zeros(part.size, np.float32)
-        for k in range(keys.shape[0]):
-            if law == spec.SIGN:
-                for lane in range(spec.LANES):
-                    u[lane] = coefs[k]
-                _add_signs(total, start, keys[k, 0], keys[k, 1], u, words)
-                continue
-            _fill_unit(law, keys[k, 0], keys[k, 1], start, z[: part.size])
-            for i in range(part.size):
-                total[i] = total[i] + coefs[k] * z[i]
-        for i in range(part.size):
-            total[i] = source[i] + total[i]
-        for i in range(part.size):  # apart, so that both loops vectorise when out is weight
-            part[i] = total[i]
+        begin, end = _bounds(block, BLOCK, start, plus.size)
+        if source.size > 0:
+            for row in range(2 if both else 1):
+                _copy(source[begin:end], (minus if row else plus)[begin:end])
+        for group in range(groups.shape[0]):
+            some, rows = slice(groups[group, 0], groups[group, 1]), groups[group, 2]
+            _seeds_sums(law, keys[some], coefs[:rows, some], start + begin, totals[:rows], z[: end - begin], u, words)
+            for row in range(rows):
+                x, total = (minus if both and row else plus)[begin:end], totals[row]
+                for i in range(x.size):
+                    x[i] = x[i] + total[i]
 
 
 @_jit

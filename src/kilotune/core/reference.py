@@ -75,6 +75,24 @@ def unit(law: str, key: Key, count: int) -> np.ndarray:
     return spec.SQRT3 * z if law == "uniform" else z
 
 
+def widen(values: np.ndarray, scales: np.ndarray | None = None) -> np.ndarray:
+    """float32 of stored weights: uint16 are the bits of bf16, int8 are multiplied by their scale, rounded once."""
+    if values.dtype == np.uint16:
+        return (values.astype(np.uint32) * np.uint32(1 << 16)).view(np.float32)
+    if scales is not None:
+        return values.astype(np.float32) * np.repeat(scales, values.size // scales.size)
+    return values.astype(np.float32)
+
+
+def round_bf16(x: np.ndarray) -> np.ndarray:
+    """Bits of the nearest bf16 number, the even one of two equally near; not for NaN."""
+    bits = x.view(np.uint32)
+    below = bits & np.uint32(0xFFFF0000)
+    rest, odd = bits - below, (bits >> np.uint32(16)) & np.uint32(1)
+    up = (rest > 0x8000) | ((rest == 0x8000) & (odd == 1))
+    return ((below >> np.uint32(16)) + up).astype(np.uint16)
+
+
 def fwht(a: np.ndarray) -> np.ndarray:
     """Walsh-Hadamard transform in natural order, float32 butterflies over strides 1, 2, 4, ..."""
     u = a.astype(np.float32)

@@ -6,19 +6,28 @@ numbers that are optimised and travel: the weights themselves (full), an adapter
 the coordinates of a basis (subspace).
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
-from torch import Tensor, nn
 
+from kilotune.core.int8 import Int8
 from kilotune.core.types import SeedUpdate, TensorUpdate
 
-Sink = Callable[[str, Tensor], None]
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Sink: TypeAlias = "Callable[[str, Tensor], None]"
 """Takes (wire tensor name, its gradient); the gradient may be freed as soon as the call returns."""
+
+
+Round: TypeAlias = "tuple[Iterable[tuple[str, Tensor]], int]"
+"""What `apply` takes: the changes of a round and its root."""
 
 
 class Directions(Protocol):
@@ -32,7 +41,25 @@ class Directions(Protocol):
     def one_pass(self) -> bool: ...
     def coordinates(self, update: SeedUpdate) -> Tensor: ...
     def direction(self, index: int) -> Tensor: ...
-    def add(self, weight: Tensor, name: str, steps: list[tuple[int, Tensor]], out: Tensor | None = None) -> Tensor: ...
+    def add(
+        self,
+        weight: Tensor | Int8,
+        name: str,
+        steps: list[tuple[int, Tensor]],
+        out: Tensor | None = None,
+        start: int = 0,
+    ) -> Tensor: ...
+    def add_both(
+        self,
+        weight: Tensor | Int8,
+        name: str,
+        root: int,
+        coordinates: Tensor,
+        plus: Tensor,
+        minus: Tensor,
+        start: int = 0,
+        opposite: Tensor | None = None,
+    ) -> None: ...
     def project(self, gradient: Tensor, name: str, root: int) -> Tensor: ...
 
 
@@ -100,6 +127,15 @@ class Trainable(ABC):
     @abstractmethod
     def apply(self, changes: Iterable[tuple[str, Tensor]], root: int) -> None:
         """Make a global change permanent. `changes` are (wire tensor, change) pairs; for a basis, its coordinates."""
+
+    def replay(self, rounds: Sequence[Round], fresh: bool = False) -> None:
+        """`apply` round after round, same bits; a method may take all rounds in one walk over its tensors.
+
+        `fresh` promises that nobody else looks at the changed tensors, and asks that a method which rewrites whole
+        tensors writes them to new memory: the stored ones may be mapped from a file.
+        """
+        for changes, root in rounds:
+            self.apply(changes, root)
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:

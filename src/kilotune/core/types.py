@@ -1,11 +1,16 @@
 """The values that travel between parts: batches, updates, examples."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-from torch import Tensor
 
-State = dict[str, Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+State: TypeAlias = "dict[str, Tensor]"
 """What a method remembers between calls. The engine owns it, passes it in and saves it."""
 
 
@@ -27,6 +32,11 @@ class Batch:
     def num_labels(self) -> int:
         """Tokens that carry loss (the first position of a row never does)."""
         return int((self.labels[:, 1:] != -100).sum())
+
+    @property
+    def num_examples(self) -> int:
+        """Examples it holds."""
+        return len(self.input_ids) if self.rows is None else int((self.rows.unique() >= 0).sum())
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ class Base:
     model: Any  # a transformers causal language model, float32, in eval mode, without gradients
     tokenizer: Any
     digest: str
+    mapped: bool = False  # weights are pages of the file, which a write would copy
     _parameters: dict[str, nn.Parameter] = field(default_factory=dict, repr=False)
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -66,7 +67,8 @@ def load_base(
     if writable:
         _take_over(parameters, folder)
     digest = remembered("digests", sources.weight_files(folder), lambda: weights_digest(parameters))
-    return Base(name, folder, model, tokenizer, digest, parameters)
+    mapped = not writable and all(place.dtype == "F32" for place in sources.tensor_places(folder).values())
+    return Base(name, folder, model, tokenizer, digest, mapped, parameters)
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> Any:

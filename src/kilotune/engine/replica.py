@@ -6,16 +6,19 @@ float32 operations in the same order, so the same bits.
 """
 
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from kilotune.core.errors import WireError
-from kilotune.core.trainable import Trainable
+from kilotune.core.trainable import Round, Trainable
 from kilotune.core.types import SeedUpdate, TensorUpdate, Update, WireContext
 from kilotune.engine.compose import Plan
 from kilotune.engine.files import read_tensors, write_tensors
 from kilotune.engine.models import Base, weights_digest
+
+ROUNDS_AT_ONCE = 256  # by then a walk over the weights costs little beside the additions themselves
 
 
 class Replica:
@@ -26,6 +29,7 @@ class Replica:
         self.plan = plan
         self.trainable: Trainable = plan.parametrization.attach(base.model, basis=plan.basis, seed=plan.recipe.seed)
         self.round = 0
+        self._mapped = base.mapped  # nothing was written yet: changed weights can go straight to new memory
         self.shapes = {name: tuple(value.shape) for name, value in self.trainable.wire.items()}
 
     @property
@@ -44,12 +48,31 @@ class Replica:
 
     def apply(self, round: int, payload: bytes) -> None:
         """Move on by one round of the ledger."""
-        if round != self.round + 1:
-            raise WireError(f"round {round} does not follow round {self.round}, which this replica holds.")
-        context = self.context(round)
-        update = self.plan.downlink.decode(payload, context)
-        self.trainable.apply(self.changes(update, context), context.root)
+        self.trainable.apply(*self._decode(self.round + 1, round, payload))
+        self._mapped = False
         self.round = round
+
+    def replay(self, rounds: Iterable[tuple[int, bytes]]) -> None:
+        """Move on by many rounds of the ledger, (number, payload) in order: the same bits as `apply` one by one.
+
+        Over a basis a round is some numbers, so many are decoded first and then take one walk over the weights.
+        """
+        if not self.plan.parametrization.uses_basis:  # a round may be as large as the model
+            for number, payload in rounds:
+                self.apply(number, payload)
+            return
+        rest = iter(rounds)
+        while some := list(islice(rest, ROUNDS_AT_ONCE)):
+            decoded = [self._decode(self.round + 1 + at, *one) for at, one in enumerate(some)]
+            self.trainable.replay(decoded, fresh=self._mapped)
+            self._mapped = False
+            self.round += len(some)
+
+    def _decode(self, expected: int, number: int, payload: bytes) -> Round:
+        if number != expected:
+            raise WireError(f"round {number} does not follow round {expected - 1}, which this replica holds.")
+        context = self.context(number)
+        return self.changes(self.plan.downlink.decode(payload, context), context), context.root
 
     def digest(self) -> str:
         """Over every bit of the tuned tensors."""
@@ -66,6 +89,7 @@ class Replica:
         if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in state.items()} or "head" not in facts:
             raise WireError(f"{path}: this checkpoint is of another model or method.")
         self.trainable.restore(tensors)
+        self._mapped = False
         self.round = int(facts["round"])
         return facts["head"]
 

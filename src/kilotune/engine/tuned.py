@@ -73,22 +73,22 @@ def from_ledger(ledger: Ledger, base_name: str | None) -> Tuned:
             f"the ledger's recipe has id {plan.id}, its header says {ledger.header.recipe_id}: it was altered, "
             "or written by another version of kilotune."
         )
-    base = _base(ledger.header.base, base_name)
+    # Only full rounds write into the weights where they lie; all others leave the base a mapping of its file.
+    base = _base(ledger.header.base, base_name, writable=plan.parametrization.method_name() == "full")
     if base.digest != ledger.header.base_digest:
         raise WireError(
             f"base {base.name!r} has digest {base.digest[:16]}, but these rounds stand on "
             f"{ledger.header.base_digest[:16]} ({ledger.header.base}). Give that model with --base."
         )
     replica = Replica(base, plan)
-    for record, payload in ledger.since(0):
-        replica.apply(record.round, payload)
+    replica.replay((record.round, payload) for record, payload in ledger.since(0))
     return Tuned(base, replica.model, plan, ledger, replica)
 
 
-def _base(recorded: str, given: str | None) -> Base:
+def _base(recorded: str, given: str | None, writable: bool) -> Base:
     """The base of a run, from where the user says it is or else from where it was."""
     try:
-        return load_base(given or recorded, writable=True)
+        return load_base(given or recorded, writable=writable)
     except ModelError as error:
         if given is None and os.sep in recorded and not Path(recorded).exists():
             raise ModelError(f"{error} If the base of this run lies elsewhere, give it with --base.") from None
@@ -100,7 +100,7 @@ def _from_checkpoint(path: Path, base_name: str | None) -> Tuned:
     if not (path / CHECKPOINT).exists():
         raise RunError(f"{path}: the run has no {CHECKPOINT} yet. Run its command again to go on.")
     tensors, facts = read_tensors(path / CHECKPOINT)
-    base = _base(plan.recipe.base, base_name)
+    base = _base(plan.recipe.base, base_name, writable=True)
     if base.digest != facts["base_digest"]:
         raise WireError(
             f"base {base.name!r} has digest {base.digest[:16]}, but this run stands on {facts['base_digest'][:16]}. "
