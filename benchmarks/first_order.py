@@ -139,21 +139,20 @@ def run(words: list[str]) -> dict[str, Any]:
 def our_steps(job: dict[str, Any]) -> dict[str, Any]:
     """kilotune's own step on the rows of a job."""
     import numpy as np
-    import torch
 
     from kilotune.core.rng import stream
     from kilotune.engine.batches import micro_batches
     from kilotune.engine.compose import build, override, read
     from kilotune.engine.compute import Compute
-    from kilotune.engine.models import load_base
     from kilotune.engine.replica import Replica
+    from kilotune.engine.session import open_base
     from kilotune.engine.step import BatchObjective, Memory, train_step
     from kilotune.engine.tokenize import Example
     from kilotune.engine.worker import peak_rss
 
-    torch.set_num_threads(job["threads"])
-    plan = build(override(read(f"local_{job['method']}"), [f"optimizer.lr={job['lr']}"]), "tune")
-    replica = Replica(load_base("smollm2-135m", writable=True), plan)
+    changes = [f"optimizer.lr={job['lr']}", f"threads={job['threads']}"]
+    plan = build(override(read(f"local_{job['method']}"), changes), "tune")
+    replica = Replica(open_base(plan, lambda event: None), plan)
     examples = [
         Example(np.array(row["input_ids"], np.int32), np.array(row["labels"], np.int32), 0, "", None, i)
         for i, row in enumerate(job["rows"])

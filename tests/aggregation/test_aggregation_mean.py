@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kilotune.aggregation import TensorUpdate, mean
+from kilotune.aggregation import TensorUpdate, _exact
 from kilotune.aggregation.mean import Mean
 from kilotune.core.rng import stream
 
@@ -17,7 +17,7 @@ def draw(client: int, *shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("num_clients", [2, 3, 6])
 def test_equals_the_float64_mean_rounded_once(num_clients: int, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kills: float32 sums; rows lost at the edges of slices. Bound: one float32 rounding of a float64 sum."""
-    monkeypatch.setattr(mean, "SLICE", length)
+    monkeypatch.setattr(_exact, "SLICE", length)
     weights = Mean().weights([3 * i + 1 for i in range(num_clients)])
     updates = [TensorUpdate({"w": draw(client, 7, 19)}) for client in range(num_clients)]
     expected = sum(w * u.tensors["w"].double() for w, u in zip(weights, updates, strict=True))

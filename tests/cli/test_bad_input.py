@@ -413,7 +413,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(settings, undistur
     folder, attempts = tmp_path / "run", 0
     while True:
         with monkeypatch.context() as patch:
-            fill_disk(patch, after=3 + 4 * attempts)
+            fill_disk(patch, after=2 + 2 * attempts)
             ended = kilotune("federate", *settings, "-o", folder, "--format", "json")
         if ended.code == 0:
             break

@@ -8,6 +8,7 @@ import torch
 
 from kilotune.codec import TensorUpdate, WireContext, WireError
 from kilotune.codec._blocks import round_up_fp16
+from kilotune.codec._loops import compiled, dequantize
 from kilotune.codec.coefficients import HEADER, LIMIT, Coefficients
 from kilotune.core.rng import stream
 
@@ -138,3 +139,18 @@ def test_hostile_scales_and_numbers_are_refused(offset: int, raw: bytes) -> None
 def test_the_header_is_25_bytes() -> None:
     """Kills: native padding of the struct."""
     assert HEADER.size == 25
+
+
+@pytest.mark.parametrize("dtype", ["<i1", "<i2", "<f4"])
+@pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 300])
+def test_the_compiled_loop_equals_the_plain_one(size: int, dtype: str) -> None:
+    """Kills: a last block that is cut off or read beyond; products in float32; a bad number that passes."""
+    rng = stream(size, "loop")
+    numbers, steps = rng.integers(-127, 128, size).astype(dtype), rng.random(-(-size // 64)) * 1e-3
+    plain, quick = np.zeros(size, np.float32), np.zeros(size, np.float32)
+    assert dequantize(numbers, steps, 64, 127, plain) == compiled()(numbers, steps, 64, 127, quick) is True
+    assert plain.tobytes() == quick.tobytes()
+    assert np.array_equal(quick, (numbers * np.repeat(steps, 64)[:size]).astype(np.float32))
+    if size:
+        assert not compiled()(np.full_like(numbers, -128 if dtype == "<i1" else 200), steps, 64, 127, quick)
+        assert not compiled()(numbers * 0 + 1, steps * 0 + 1e39, 64, 127, quick)

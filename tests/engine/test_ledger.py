@@ -5,6 +5,7 @@ import json
 import pytest
 
 from kilotune.core.errors import RunError, WireError
+from kilotune.engine import ledger as ledger_module
 from kilotune.engine import seedfile
 from kilotune.engine.ledger import LEDGER, Contribution, Header, Ledger
 
@@ -112,3 +113,24 @@ def test_every_cut_and_every_flipped_bit_of_a_seed_file_is_refused(tmp_path):
         changed[place] ^= 1
         with pytest.raises(WireError):
             seedfile.unpack(bytes(changed), "x.seed")
+
+
+def test_rounds_that_left_memory_are_read_from_disk(tmp_path, monkeypatch):
+    """Kills: a server whose memory grows with the rounds; a part that is not the one the ledger's hash covers."""
+    monkeypatch.setattr(ledger_module, "CACHE_BYTES", 100)
+    ledger = written(tmp_path)
+    assert sum(map(len, ledger._parts.values())) <= 100
+    for number, payload in enumerate(PAYLOADS, 1):
+        part = ledger.part(number)
+        assert part == ledger.records[number - 1].members + payload
+        assert ledger.holds(number, part)
+        assert not ledger.holds(number, bytes(bytearray(part)))
+    assert [payload for _, payload in ledger.since(0)] == PAYLOADS
+
+
+def test_a_payload_that_vanished_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(ledger_module, "CACHE_BYTES", 0)
+    ledger = written(tmp_path)
+    (tmp_path / "payloads" / "00001.bin").unlink()
+    with pytest.raises(WireError, match=r"00001\.bin: missing"):
+        ledger.payload(1)

@@ -8,7 +8,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from kilotune.core.types import Batch
 from kilotune.engine import loss
 from kilotune.engine.loss import answer_loss, label_losses
-from kilotune.parametrization._overlay import overlaid
+from kilotune.parametrization._overlay import Overlay
 from tiny import fill, tiny_batch, tiny_llama
 
 
@@ -133,7 +133,7 @@ def test_weights_seen_through_an_overlay_count_everywhere():
     model, batch = tiny_llama(), tiny_batch()
     params = dict(model.named_parameters())
     before = answer_loss(model, batch)
-    with torch.no_grad(), overlaid(model, params, lambda name, value, out: torch.mul(value, 1.1, out=out)):
+    with torch.no_grad(), Overlay(model, params).over(lambda _, value, start, plus, minus: plus.copy_(value * 1.1)):
         seen = answer_loss(model, batch)
     with torch.no_grad():
         for param in params.values():

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
 
 from kilotune.core.rng import stream
+from kilotune.engine.batches import can_pack, collate, lay_out
 from kilotune.engine.loss import answer_loss, label_losses
-from kilotune.engine.packing import can_pack, collate, lay_out
 from kilotune.engine.tokenize import IGNORE, Example
 from tiny import tiny_llama
 

@@ -2,52 +2,68 @@
 
 Source: McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data" (FedAvg), arXiv
 1602.05629, algorithm 1.
-Departs: float64 sums are made independent of the order by adding the clients in the order of their weight and of the
-bytes of the slice at hand, which no permutation of the list can change.
-Memory: the result and a few slices of 2^22 numbers in all.
+Departs: the sum is exact and rounded once, whatever the order, and clients are added as they arrive.
+Memory: one update at a time and the sums (see _exact), for any number of clients.
 """
 
+from __future__ import annotations
+
+import math
 from typing import cast
 
 import numpy as np
-import torch
 
-from kilotune.aggregation import Aggregation, State, TensorUpdate, Update
+from kilotune.aggregation import Aggregation, Gathering, State, TensorUpdate, Update
+from kilotune.aggregation._exact import ExactSum
+from kilotune.core.lazy import torch
 
-SLICE = 2**22  # numbers of all clients together that are worked on at once
 
+class Running(Gathering):
+    """Σ weight · x so far, of every tensor."""
 
-def slice_mean(parts: list[np.ndarray], weights: np.ndarray) -> np.ndarray:
-    """(m,) float64 from (m,) float32 of each client."""
-    order = range(len(parts))
-    if len(parts) > 2:  # the sum of two does not depend on their order
-        order = sorted(order, key=lambda i: (weights[i], parts[i].tobytes()))  # type: ignore[assignment]
-    total = np.zeros(parts[0].size)
-    for i in order:
-        total += weights[i] * parts[i].astype(np.float64)
-    return total
+    def __init__(self, rule: Mean) -> None:
+        self._rule = rule
+        self._shapes: dict[str, torch.Size] = {}
+        self._sums: dict[str, ExactSum] = {}
+        self._weights: list[float] = []
+
+    def add(self, update: Update, num_examples: int) -> None:
+        self.add_weighted(update, float(self._rule.share(num_examples)))
+
+    def add_weighted(self, update: Update, weight: float) -> None:
+        """One update with a weight of its own."""
+        tensors = cast(TensorUpdate, update).tensors
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        if not self._weights:
+            self._shapes = shapes
+            self._sums = {name: ExactSum(shape.numel()) for name, shape in sorted(shapes.items())}
+        elif shapes != self._shapes:
+            raise ValueError("mean: the clients' updates differ in names or shapes, expected equal tables.")
+        for name, sums in self._sums.items():
+            sums.add(tensors[name].detach().cpu().float().numpy().reshape(-1), weight)
+        self._weights.append(weight)
+
+    def result(self, state: State) -> TensorUpdate:
+        """Float32 tensors in name order; remembers nothing."""
+        scale, tensors = math.fsum(self._weights), {}
+        for name, sums in self._sums.items():
+            mean = sums.total()
+            mean /= scale
+            tensors[name] = torch.from_numpy(mean.astype(np.float32)).reshape(self._shapes[name])
+        return TensorUpdate(tensors)
 
 
 class Mean(Aggregation):
     """Weighted mean of tensors."""
 
+    def gather(self) -> Running:
+        return Running(self)
+
     def combine(self, updates: list[Update], weights: np.ndarray, state: State) -> TensorUpdate:
-        """Float32 tensors in name order; remembers nothing."""
-        tables = [cast(TensorUpdate, update).tensors for update in updates]
-        shapes = {name: tensor.shape for name, tensor in tables[0].items()}
-        for table in tables[1:]:
-            if {name: tensor.shape for name, tensor in table.items()} != shapes:
-                raise ValueError("mean: the clients' updates differ in names or shapes, expected equal tables.")
-        length = max(1, SLICE // len(tables))
-        combined = {}
-        for name in sorted(shapes):
-            flat = [np.ascontiguousarray(table[name].detach().cpu().float().reshape(-1).numpy()) for table in tables]
-            out = np.empty(flat[0].size, np.float32)
-            for start in range(0, out.size, length):
-                end = start + length
-                out[start:end] = slice_mean([values[start:end] for values in flat], weights)
-            combined[name] = torch.from_numpy(out).reshape(shapes[name])
-        return TensorUpdate(combined)
+        running = self.gather()
+        for update, weight in zip(updates, weights, strict=True):
+            running.add_weighted(update, float(weight))
+        return running.result(state)
 
 
 METHOD = Mean

@@ -7,14 +7,16 @@ and, for Ferret, per group. Histories of Pro are kept as Σ|h| and a count inste
 Wire: selection probabilities p travel as K fp16 numbers K·p_k (little-endian); both ends use the rounded ones.
 """
 
+from __future__ import annotations
+
 from typing import Literal, cast
 
 import numpy as np
-import torch
 from pydantic import Field
 
 from kilotune.aggregation import Aggregation, SeedUpdate, State, Update
 from kilotune.core.errors import WireError
+from kilotune.core.lazy import torch
 
 CLIP = 1000.0  # |scalar| beyond which a step says nothing more about its direction; official code
 

@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -23,6 +24,34 @@ Output = Annotated[
 ]
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file (YAML), or the name of a shipped one.")]
 Template = Literal["chat", "plain", "alpaca"]
+QUICK_S = 0.5
+
+
+@contextmanager
+def loading(emit: Callable[[dict[str, Any]], None], what: str) -> Iterator[None]:
+    """Says what is loaded before the imports inside, which take seconds, and hurries them."""
+    import gc
+
+    from kilotune.engine.lean import unhurried_gc
+
+    emit({"event": "status", "text": f"loading {what}"})
+    with unhurried_gc():
+        yield
+        gc.freeze()  # none of it goes away any more: later collections need not look at it
+
+
+@contextmanager
+def patiently(what: str) -> Iterator[None]:
+    """For what is mostly quick: says what is loaded only when it takes half a second."""
+    import threading
+
+    timer = threading.Timer(QUICK_S, say, [f"loading {what}"])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def compose_either(recipe: str, overrides: list[str] | None) -> "Plan":

@@ -5,7 +5,18 @@ from typing import Annotated, Any
 
 import typer
 
-from kilotune.cli.common import Format, Override, RecipeName, Template, compose_either, say, show, table
+from kilotune.cli.common import (
+    Format,
+    Override,
+    RecipeName,
+    Template,
+    compose_either,
+    loading,
+    patiently,
+    say,
+    show,
+    table,
+)
 
 data_app = typer.Typer(no_args_is_help=True, help="Look at data as a model will see it.")
 recipe_app = typer.Typer(no_args_is_help=True, help="List, show and check recipes.")
@@ -20,37 +31,87 @@ def register(app: typer.Typer) -> None:
 
 
 def plan(
-    recipe: RecipeName = "kilotune",
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="[RECIPE]", help="Recipe file (YAML), or the name of a shipped one.")
+    ] = None,
     overrides: Override = None,
     clients: Annotated[
         int | None, typer.Option(min=1, help="Number of clients; default: counted from the data.")
     ] = None,
-    probe: Annotated[bool, typer.Option("--probe/--no-probe", help="Run one step to measure its time.")] = True,
+    probe: Annotated[
+        bool | None,
+        typer.Option("--probe/--no-probe", help="Measure anew, or not at all; default: once on every machine."),
+    ] = None,
+    max_memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Propose what fits, e.g. in 2GB.")] = None,
+    max_bytes: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Up and down together, per client and round, e.g. 20KB.")
+    ] = None,
+    max_minutes: Annotated[float | None, typer.Option(help="The run on this machine, without evaluation.")] = None,
     format: Format = "text",
 ) -> None:
-    """Predict bytes, memory and time of a recipe before running it."""
+    """Predict bytes, memory and time of a recipe before running it, or find one that fits a budget."""
+    from kilotune.cli.display import Display
+
+    limited = any(limit is not None for limit in (max_memory, max_bytes, max_minutes))
+    with Display(None, "") as emit:
+        with loading(emit, recipe or ("recipes" if limited else "kilotune")):
+            from kilotune.engine.budget import Budget, propose
+            from kilotune.engine.planner import predict
+        if limited:
+            budget = Budget.of(max_memory, max_bytes, max_minutes)
+            result = propose(recipe, overrides or [], clients, budget, emit)
+        else:
+            composed = compose_either(recipe or "kilotune", overrides)
+            result = predict(composed, clients, probe, emit)
+    if limited:
+        show(result, format, lambda: _print_proposals(result))
+    else:
+        show(result, format, lambda: _print_prediction(composed.recipe.title or str(recipe), result))
+
+
+def _print_prediction(title: str, result: dict[str, Any]) -> None:
     from kilotune.core.units import human_bytes, human_seconds
-    from kilotune.engine.planner import predict
 
-    composed = compose_either(recipe, overrides)
-    result = predict(composed, clients, probe)
+    rows: list[list[Any]] = [["trainable numbers", f"{result['trainable']:,}"]]
+    if "payload_up_bytes_per_client_round" in result:
+        rows += [
+            ["payload up, per client and round", human_bytes(result["payload_up_bytes_per_client_round"])],
+            ["payload down, per client and round", human_bytes(result["payload_down_bytes_per_client_round"])],
+        ]
+    rows.append(["peak memory", human_bytes(result["peak_rss_bytes"])])
+    if result["seconds_per_step"] is not None:
+        rows += [
+            ["time per step", human_seconds(result["seconds_per_step"])],
+            ["time in all, without evaluation", human_seconds(result["seconds"])],
+        ]
+    table(title, ["", "predicted"], rows)
 
-    def text() -> None:
-        rows: list[list[Any]] = [["trainable numbers", f"{result['trainable']:,}"]]
-        if "payload_up_bytes_per_client_round" in result:
-            rows += [
-                ["payload up, per client and round", human_bytes(result["payload_up_bytes_per_client_round"])],
-                ["payload down, per client and round", human_bytes(result["payload_down_bytes_per_client_round"])],
+
+def _print_proposals(result: dict[str, Any]) -> None:
+    from kilotune.core.units import human_bytes, human_seconds
+    from kilotune.engine.budget import wire_bytes
+
+    rows = []
+    for entry in [*result["fits"], *result["exceeds"]]:
+        sent, seconds = wire_bytes(entry), entry["seconds"]
+        rows.append(
+            [
+                " ".join([entry["recipe"], *entry["set"]]),
+                human_bytes(entry["peak_rss_bytes"]),
+                "" if sent is None else human_bytes(sent),
+                "" if seconds is None else human_seconds(seconds),
+                "; ".join(entry["exceeds"]) or "fits",
             ]
-        rows.append(["peak memory", human_bytes(result["peak_rss_bytes"])])
-        if result["seconds_per_step"] is not None:
-            rows += [
-                ["time per step", human_seconds(result["seconds_per_step"])],
-                ["time in all, without evaluation", human_seconds(result["seconds"])],
-            ]
-        table(composed.recipe.title or recipe, ["", "predicted"], rows)
-
-    show(result, format, text)
+        )
+    columns = ["recipe and dials", "memory", "up + down", "time", "within the budget?"]
+    table("expected order, measured on clinc150: best first", columns, rows)
+    if result["fits"]:
+        best = result["fits"][0]
+        sets = "".join(f" --set {assignment}" for assignment in best["set"])
+        verb = "federate" if "payload_up_bytes_per_client_round" in best else "tune"
+        say(f"the best that fits: kilotune {verb} {best['recipe']}{sets}")
+    else:
+        say("nothing fits; the last column says what is in the way of each")
 
 
 def methods(
@@ -59,16 +120,18 @@ def methods(
     format: Format = "text",
 ) -> None:
     """List every method, its kind and its paper."""
-    from kilotune.core.errors import RecipeError
-    from kilotune.core.registry import KINDS, nearest
-    from kilotune.engine.catalogue import catalogue, papers_page
+    with patiently("methods"):
+        from kilotune.core.errors import RecipeError
+        from kilotune.core.registry import KINDS, nearest
+        from kilotune.engine.catalogue import catalogue, papers_page
 
-    if kind is not None and kind not in KINDS:
-        raise RecipeError(f"--kind: got {kind!r}, expected one of {', '.join(KINDS)}.{nearest(kind, list(KINDS))}")
+        if kind is not None and kind not in KINDS:
+            raise RecipeError(f"--kind: got {kind!r}, expected one of {', '.join(KINDS)}.{nearest(kind, list(KINDS))}")
+        page = papers_page() if papers else ""
+        found = [] if papers else [entry for entry in catalogue() if kind in (None, entry["kind"])]
     if papers:
-        typer.echo(papers_page(), nl=False)
+        typer.echo(page, nl=False)
         return
-    found = [entry for entry in catalogue() if kind in (None, entry["kind"])]
     rows = [[e["kind"], e["name"], e["summary"], e["paper"]] for e in found]
     show(found, format, lambda: table("", ["kind", "name", "what", "paper"], rows))
 
@@ -76,9 +139,10 @@ def methods(
 @recipe_app.command("list")
 def recipe_list(format: Format = "text") -> None:
     """The recipes that come with kilotune."""
-    from kilotune.engine.compose import read, shipped
+    with patiently("recipes"):
+        from kilotune.engine.compose import read, shipped
 
-    found = {name: read(name).get("title", "") for name in shipped()}
+        found = {name: read(name).get("title", "") for name in shipped()}
     show({"recipes": found}, format, lambda: table("", ["recipe", "what"], found.items()))
 
 
@@ -87,14 +151,16 @@ def recipe_show(recipe: RecipeName, overrides: Override = None, format: Format =
     """The resolved recipe: every value, defaults included. Redirect it to a file to start your own."""
     import yaml
 
-    resolved = compose_either(recipe, overrides).resolved()
+    with patiently(recipe):
+        resolved = compose_either(recipe, overrides).resolved()
     show(resolved, format, lambda: typer.echo(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), nl=False))
 
 
 @recipe_app.command("check")
 def recipe_check(recipe: RecipeName, overrides: Override = None, format: Format = "text") -> None:
     """Print every mistake in a recipe, or its id."""
-    checked = compose_either(recipe, overrides)
+    with patiently(recipe):
+        checked = compose_either(recipe, overrides)
     mode = "tune" if checked.recipe.steps else "federate"
     show({"recipe_id": checked.id, "mode": mode}, format, lambda: say(f"fine; recipe id {checked.id} ({mode})"))
 
@@ -109,9 +175,12 @@ def data_show(
     format: Format = "text",
 ) -> None:
     """Print rows with the tokens that carry loss marked, and count what there is."""
-    from kilotune.engine.preview import preview
+    from kilotune.cli.display import Display
 
-    result = preview(path, limit, base, template, max_length)
+    with Display(None, "") as emit:
+        with loading(emit, path):
+            from kilotune.engine.preview import preview
+        result = preview(path, limit, base, template, max_length)
 
     def text() -> None:
         from rich.console import Console
@@ -135,17 +204,19 @@ def data_households(
     format: Format = "text",
 ) -> None:
     """Write the embedded demo data to a file, to see what a data file looks like."""
-    from kilotune.engine.households import write_jsonl
+    with patiently("households"):
+        from kilotune.engine.households import write_jsonl
 
-    count = write_jsonl(output)
+        count = write_jsonl(output)
     show({"file": str(output), "rows": count}, format, lambda: say(f"wrote {count} rows to {output}"))
 
 
 def doctor(format: Format = "text") -> None:
     """Check this machine: versions, memory, disk, cache, the embedded model."""
-    from kilotune.engine.catalogue import health
+    with patiently("versions"):
+        from kilotune.engine.catalogue import health
 
-    result = health()
+        result = health()
     rows = [[c["check"], "ok" if c["ok"] else "PROBLEM", c["found"]] for c in result["checks"]]
     show(result, format, lambda: table("", ["check", "", "found"], rows))
     if not result["ok"]:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from kilotune.cli.common import Format, Template, number, percent, say, show, table
+from kilotune.cli.common import Format, Template, loading, number, percent, say, show, table
 
 Target = Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="Run folder, exported folder, seed file or base.")]
 Base = Annotated[str | None, typer.Option("--base", help="Base model, when the one named by the run is elsewhere.")]
@@ -30,9 +30,10 @@ def evaluate(
 ) -> None:
     """Measure loss, perplexity, exact match and ROUGE-L, overall and per client."""
     from kilotune.cli.display import Display
-    from kilotune.engine.measure import measure
 
     with Display(None, "row") as emit:
+        with loading(emit, target):
+            from kilotune.engine.measure import measure
         result = measure(target, data, split, limit, max_new_tokens, max_length, template, base, emit)
 
     def text() -> None:
@@ -93,9 +94,10 @@ def replay(
 ) -> None:
     """Verify the hash chain, rebuild the weights from base and ledger, print their digest."""
     from kilotune.cli.display import Display
-    from kilotune.engine.measure import replay as rebuild
 
     with Display(None, "round") as emit:
+        with loading(emit, str(run)):
+            from kilotune.engine.measure import replay as rebuild
         result = rebuild(run, base, emit, checkpoint)
     show(
         result,
@@ -111,6 +113,7 @@ def apply(
     format: Format = "text",
 ) -> None:
     """Base model + seed file = tuned model, as a Hugging Face folder."""
+    say(f"reading {seed_file}")
     from kilotune.engine.seedfile import read
 
     read(seed_file)  # refuses anything else before a model is loaded
@@ -135,9 +138,10 @@ def export(
 
 def _export(target: str, output: Path, to: str, base: str | None, format: str) -> None:
     from kilotune.cli.display import Display
-    from kilotune.engine.measure import export as write
 
     with Display(None, "") as emit:
+        with loading(emit, target):
+            from kilotune.engine.measure import export as write
         result = write(target, output, to, base, emit)
     show(
         result,

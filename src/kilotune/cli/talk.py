@@ -4,6 +4,8 @@ from typing import Any
 
 import typer
 
+from kilotune.cli.common import loading
+
 Turn = dict[str, str]
 
 
@@ -17,9 +19,12 @@ def answer_once(
     base: str | None,
 ) -> dict[str, Any]:
     """One question, one answer (two with `compare`)."""
-    from kilotune.engine.talking import Talker
+    from kilotune.cli.display import Display
 
-    talker = Talker(target, base, compare, temperature, max_new_tokens)
+    with Display(None, "") as emit:
+        with loading(emit, target):
+            from kilotune.engine.talking import Talker
+        talker = Talker(target, base, compare, temperature, max_new_tokens)
     turns = [*_start(system), {"role": "user", "content": prompt}]
     result = {"prompt": prompt, "answer": "".join(talker.tuned(turns))}
     if compare:
@@ -33,10 +38,12 @@ def converse(
     """Until end of input or an empty line twice; `/new` forgets what was said."""
     from rich.console import Console
 
-    from kilotune.engine.talking import Talker
+    from kilotune.cli.display import Display
 
     console = Console()
-    with console.status(f"loading {target}"):
+    with Display(None, "") as emit:
+        with loading(emit, target):
+            from kilotune.engine.talking import Talker
         talker = Talker(target, base, compare, temperature, max_new_tokens)
     console.print("Ask away; /new starts over, Ctrl-D ends.", style="dim")
     tuned, plain = _start(system), _start(system)

@@ -5,7 +5,19 @@ from typing import Annotated, Any
 
 import typer
 
-from kilotune.cli.common import Format, Output, Override, RecipeName, number, percent, say, show, table
+from kilotune.cli.common import (
+    Format,
+    Output,
+    Override,
+    RecipeName,
+    loading,
+    number,
+    patiently,
+    percent,
+    say,
+    show,
+    table,
+)
 
 server_app = typer.Typer(no_args_is_help=True, help="Lead a federation over real machines.")
 
@@ -22,11 +34,13 @@ def tune(
 ) -> None:
     """Fine-tune on this machine, with its own data."""
     from kilotune.cli.display import Display
-    from kilotune.engine.compose import compose
-    from kilotune.engine.session import tune as run
 
-    plan = compose(recipe, "tune", overrides or [])
-    with Display(plan.recipe.steps, "step") as emit:
+    with Display(None, "step") as emit:
+        with loading(emit, recipe):
+            from kilotune.engine.compose import compose
+            from kilotune.engine.session import tune as run
+        plan = compose(recipe, "tune", overrides or [])
+        emit.total = plan.recipe.steps
         summary = run(plan, output, emit)
     show(summary, format, lambda: _outcome(summary, output))
 
@@ -39,11 +53,13 @@ def federate(
 ) -> None:
     """Run a whole federation on this machine: try it here before you deploy it."""
     from kilotune.cli.display import Display
-    from kilotune.engine.compose import compose
-    from kilotune.engine.session import federate as run
 
-    plan = compose(recipe, "federate", overrides or [])
-    with Display(plan.recipe.rounds, "round") as emit:
+    with Display(None, "round") as emit:
+        with loading(emit, recipe):
+            from kilotune.engine.compose import compose
+            from kilotune.engine.session import federate as run
+        plan = compose(recipe, "federate", overrides or [])
+        emit.total = plan.recipe.rounds
         summary = run(plan, output, emit)
     show(summary, format, lambda: _outcome(summary, output))
 
@@ -57,9 +73,10 @@ def server_init(
     format: Format = "text",
 ) -> None:
     """Make the server's keys and one join file per client. Run again to enrol more clients."""
-    from kilotune.engine.flower.keys import init_server
+    with patiently("keys"):
+        from kilotune.engine.flower.keys import init_server
 
-    keys = init_server(folder, host, port, clients)
+        keys = init_server(folder, host, port, clients)
     joins = {name: str(keys.join_path(name)) for name in keys.clients}
     show(
         {"folder": str(folder), "address": f"{host}:{port}", "join_files": joins},
@@ -75,9 +92,10 @@ def server_revoke(
     format: Format = "text",
 ) -> None:
     """Strike a client from the list; takes effect when the server starts next."""
-    from kilotune.engine.flower.keys import revoke
+    with patiently("keys"):
+        from kilotune.engine.flower.keys import revoke
 
-    left = sorted(revoke(folder, client).clients)
+        left = sorted(revoke(folder, client).clients)
     show({"revoked": client, "clients": left}, format, lambda: say(f"{client} is out; left: {', '.join(left)}"))
 
 
@@ -92,11 +110,13 @@ def server_run(
 ) -> None:
     """Lead the federation: wait for the clients, run the rounds, keep the ledger."""
     from kilotune.cli.display import Display
-    from kilotune.engine.compose import compose
-    from kilotune.engine.deployed import serve
 
-    plan = compose(recipe, "federate", overrides or [])
-    with Display(plan.recipe.rounds, "round") as emit:
+    with Display(None, "round") as emit:
+        with loading(emit, recipe):
+            from kilotune.engine.compose import compose
+            from kilotune.engine.deployed import serve
+        plan = compose(recipe, "federate", overrides or [])
+        emit.total = plan.recipe.rounds
         summary = serve(plan, keys, output, wait_for, emit)
     show(summary, format, lambda: _outcome(summary, output))
 
@@ -120,12 +140,14 @@ def client(
 ) -> None:
     """Take part in a federation with your own data; stays until the server says it is finished."""
     from kilotune.cli.display import Display
-    from kilotune.engine.compose import compose
-    from kilotune.engine.deployed import join as run
 
     own = [f"data.path={data}"] + ([f"data.only={only}"] if only else [])
-    plan = compose(recipe, "federate", [*own, *(overrides or [])])
-    with Display(plan.recipe.rounds, "round") as emit:
+    with Display(None, "round") as emit:
+        with loading(emit, recipe):
+            from kilotune.engine.compose import compose
+            from kilotune.engine.deployed import join as run
+        plan = compose(recipe, "federate", [*own, *(overrides or [])])
+        emit.total = plan.recipe.rounds
         summary = run(plan, join, output, wait, checkpoint, emit)
     show(summary, format, lambda: say(f"finished after round {summary['rounds']}; weights {summary['digest'][:16]}"))
 

@@ -2,8 +2,13 @@
 
 from typing import TYPE_CHECKING
 
+from kilotune.engine.recipe import FEDERATED_ONLY, Recipe
+
 if TYPE_CHECKING:
     from kilotune.engine.compose import Plan
+    from kilotune.parametrization import Parametrization
+
+CODECS = ("uplink", "downlink")
 
 
 def clashes(plan: "Plan") -> list[str]:
@@ -63,4 +68,25 @@ def _rate_clashes(plan: "Plan") -> list[str]:
         )
     if plan.server_optimizer.lr == "auto":
         problems.append("server_optimizer.lr: got 'auto', expected a number > 0; 1.0 takes the mean as it is.")
+    return problems
+
+
+def mode_problems(recipe: Recipe, mode: str, parametrization: "Parametrization | None") -> list[str]:
+    """Keys that are missing or mean nothing where this recipe is to run: `federate` or `tune`."""
+    if mode == "federate":
+        problems = [] if recipe.rounds else ["rounds: missing. Say how many, e.g. --set rounds=10."]
+        if recipe.steps:
+            problems.append("steps: has no effect in a federation. Use rounds and local_steps.")
+        return problems
+    problems = [] if recipe.steps else ["steps: missing. Say how many optimizer steps, e.g. --set steps=100."]
+    if recipe.rounds:
+        problems.append("rounds: has no effect when one machine tunes alone. Use steps, or `kilotune federate`.")
+    alone: tuple[str, ...] = FEDERATED_ONLY
+    if parametrization is not None and not parametrization.uses_basis:
+        alone = (*FEDERATED_ONLY, *CODECS)
+    problems += [
+        f"{key}: has no effect when one machine tunes alone. Remove it, or use `kilotune federate`."
+        for key in alone
+        if getattr(recipe, key)
+    ]
     return problems

@@ -1,36 +1,39 @@
 """Compose: a recipe file and overrides become a Plan of validated parts, or one error that lists every mistake."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from kilotune.aggregation import Aggregation
-from kilotune.basis import Basis
-from kilotune.codec import Codec
 from kilotune.core.errors import IncompatibleError, RecipeError
 from kilotune.core.method import Method
 from kilotune.core.registry import find, names, nearest
 from kilotune.core.rng import derive
-from kilotune.engine.clashes import clashes
+from kilotune.engine.clashes import CODECS, clashes, mode_problems
 from kilotune.engine.recipe import FEDERATED_ONLY, PARTS, SECTIONS, ClientGroup, Recipe, Spec
-from kilotune.estimator import Estimator
-from kilotune.optimizer import Optimizer
-from kilotune.parametrization import Parametrization
-from kilotune.partition import Partition
-from kilotune.schedule import Schedule
+
+if TYPE_CHECKING:
+    from kilotune.aggregation import Aggregation
+    from kilotune.basis import Basis
+    from kilotune.codec import Codec
+    from kilotune.estimator import Estimator
+    from kilotune.optimizer import Optimizer
+    from kilotune.parametrization import Parametrization
+    from kilotune.partition import Partition
+    from kilotune.schedule import Schedule
 
 Mode = Literal["federate", "tune"]
 
 PRIVATE = ("title", "source", "rounds", "steps", "threads", "deadline_s", "min_clients", "patience", "evaluation")
 """Keys that the two ends of a federation may hold differently; they are no part of the recipe id."""
-CODECS = ("uplink", "downlink")
 PRIVATE_DATA = ("path", "eval_path", "only", "limit")
 
 
@@ -84,7 +87,7 @@ class Plan:
                 return index
         return -1
 
-    def for_group(self, index: int) -> "Plan":
+    def for_group(self, index: int) -> Plan:
         """The plan as clients of one group follow it."""
         if index < 0:
             return self
@@ -117,7 +120,7 @@ def read(recipe: str | Path) -> dict[str, Any]:
             f"{nearest(str(recipe), shipped())}"
         )
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # the same, but compiled
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{recipe}:{mark.line + 1}" if mark else str(recipe)
@@ -173,7 +176,7 @@ def build(content: dict[str, Any], mode: Mode) -> Plan:
     recipe = _recipe(content, problems)
     parts = _parts(content, mode, problems)
     if recipe is not None:
-        problems += _mode_problems(recipe, mode, parts["parametrization"])
+        problems += mode_problems(recipe, mode, parts["parametrization"])
     if problems or recipe is None:
         raise RecipeError(*problems)
     plan = Plan(recipe=recipe, **parts)
@@ -276,23 +279,3 @@ def describe(where: str, error: ValidationError, model: type[BaseModel]) -> list
             start = f"{place}: got {item['input']!r}, expected "
             choices[start] = f"{choices[start]}, or {wanted}" if start in choices else wanted
     return lines + [f"{start}{wanted}." for start, wanted in choices.items()]
-
-
-def _mode_problems(recipe: Recipe, mode: Mode, parametrization: Parametrization | None) -> list[str]:
-    if mode == "federate":
-        problems = [] if recipe.rounds else ["rounds: missing. Say how many, e.g. --set rounds=10."]
-        if recipe.steps:
-            problems.append("steps: has no effect in a federation. Use rounds and local_steps.")
-        return problems
-    problems = [] if recipe.steps else ["steps: missing. Say how many optimizer steps, e.g. --set steps=100."]
-    if recipe.rounds:
-        problems.append("rounds: has no effect when one machine tunes alone. Use steps, or `kilotune federate`.")
-    alone: tuple[str, ...] = FEDERATED_ONLY
-    if parametrization is not None and not parametrization.uses_basis:
-        alone = (*FEDERATED_ONLY, *CODECS)
-    problems += [
-        f"{key}: has no effect when one machine tunes alone. Remove it, or use `kilotune federate`."
-        for key in alone
-        if getattr(recipe, key)
-    ]
-    return problems

@@ -59,10 +59,10 @@ def _checkpointed(model: nn.Module) -> Iterator[None]:
 
 def _layers(model: nn.Module) -> list[Any]:
     """The model's stack of like layers: its longest list of modules."""
-    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    stacks = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
     if not stacks:
         raise RecipeError("checkpointing: got true, but this model has no list of layers. Set checkpointing: false.")
-    return list(max(stacks, key=len))
+    return max(stacks, key=len)
 
 
 @lru_cache(maxsize=1)

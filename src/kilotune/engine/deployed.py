@@ -15,7 +15,8 @@ from kilotune.engine.flower.server import start_server
 from kilotune.engine.ledger import Ledger
 from kilotune.engine.replica import Replica
 from kilotune.engine.runfolder import RunFolder
-from kilotune.engine.session import Emit, encode_rows, evaluator, finish, header, open_base, recording, spread
+from kilotune.engine.session import Emit, encode_rows, evaluator, finish, header, open_base, recording
+from kilotune.engine.shares import spread
 from kilotune.engine.worker import Worker, peak_rss
 
 PATIENCE_S = 24 * 3600.0

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import nn
 
+from kilotune.engine.batches import can_pack, lay_out
 from kilotune.engine.generation import generate
 from kilotune.engine.loss import label_losses
-from kilotune.engine.packing import can_pack, lay_out
 from kilotune.engine.tokenize import Example
 
 __all__ = ["EvaluationReport", "Figures", "evaluate"]
@@ -158,7 +158,7 @@ def _measure_loss(
         for row, loss in zip(result.rows.tolist(), result.losses.tolist(), strict=True):
             sums[row] += loss
             counts[row] += 1
-        done += len(set(batch.rows[batch.rows >= 0].tolist()))
+        done += batch.num_examples
         progress(done)
     for example, loss, count in zip(examples, sums, counts, strict=True):  # in the order of examples, not of batches
         figures = clients[example.client or NOBODY]

@@ -9,43 +9,28 @@ killed before it repeats the round with the same result, killed after it goes on
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+from kilotune.aggregation import Gathering
 from kilotune.aggregation.seed_sum import SeedSum, pack_probabilities, probabilities
 from kilotune.core.errors import FederationError, WireError
 from kilotune.core.rng import stream
-from kilotune.core.types import SeedUpdate, State, TensorUpdate, Update
+from kilotune.core.types import SeedUpdate, State, Update, WireContext
 from kilotune.engine.compose import Plan
 from kilotune.engine.evaluation import EvaluationReport
 from kilotune.engine.files import read_tensors, write_tensors
 from kilotune.engine.flower.messages import Exchange, Reply, Request
 from kilotune.engine.ledger import Contribution, Ledger
 from kilotune.engine.replica import Replica, coordinates
+from kilotune.engine.tally import COUNTED, Answer, Tally, outer_step
 from kilotune.engine.worker import peak_rss
 
 Emit = Callable[[dict[str, Any]], None]
-
-
-@dataclass
-class Tally:
-    """Payload bytes and client-rounds so far."""
-
-    up_bytes: int = 0
-    down_bytes: int = 0
-    client_rounds: int = 0
-    peak_rss_bytes: int = 0
-    client_digests: dict[str, str] = field(default_factory=dict)
-
-
 NEWCOMER_S = 60.0  # how long a round waits for the first word of clients that are new or back
 FAREWELL_S = 60.0  # how long a client that is away at the very end is waited for
-COUNTED = ("up_bytes", "down_bytes", "client_rounds", "peak_rss_bytes")
-"""What of the tally goes on when a run is resumed."""
 
 
 class Federation:
@@ -60,10 +45,13 @@ class Federation:
         folder: Path,
         emit: Emit,
         evaluate: Callable[[Replica], EvaluationReport] | None = None,
+        shared: bool = False,
     ) -> None:
-        """`evaluate` measures the replica on rows the server holds; None: the clients measure on theirs."""
+        """`evaluate` measures the replica on rows the server holds; None: the clients measure on theirs.
+        `shared`: all clients live on this very replica (a simulation), so none has to join or to be brought up to
+        the last round; what that would send is counted."""
         self.plan, self.replica, self.ledger, self.exchange = plan, replica, ledger, exchange
-        self.folder, self.emit, self._evaluate = folder, emit, evaluate
+        self.folder, self.emit, self._evaluate, self._shared = folder, emit, evaluate, shared
         self.tally = Tally()
         self._known: dict[str, int] = {}  # rounds each client holds
         self._states: dict[str, State] = {"aggregation": {}, "optimizer": {}, "downlink": {}}
@@ -94,8 +82,7 @@ class Federation:
         return {"after": after} | ({"before": first} if first is not None else {})
 
     def _resume(self) -> None:
-        for record, payload in self.ledger.since(self.replica.round):
-            self.replica.apply(record.round, payload)
+        self.replica.replay((record.round, payload) for record, payload in self.ledger.since(self.replica.round))
         if self.ledger.records:
             tensors, facts = read_tensors(self._state_path(len(self.ledger)))
             for key in COUNTED:
@@ -120,10 +107,15 @@ class Federation:
                 self.emit({"event": "client", "client": client, "status": "refused", "why": reply.error})
                 continue
             self._known[client] = int(reply.body["round"])
-            self.emit({"event": "client", "client": client, "status": "joined", **_numbers(reply)})
+            if not self._shared:
+                self.emit({"event": "client", "client": client, "status": "joined", **_numbers(reply)})
 
     def finish(self) -> None:
         """Hand everyone the last rounds, so that all end with the same weights."""
+        if self._shared:
+            self.tally.down_bytes += (down_bytes := self._owed())
+            self.emit({"event": "finishing", "down_bytes": down_bytes})
+            return
         requests = {client: self._request("finish", client, {}) for client in sorted(self._known)}
         self.emit({"event": "finishing", "down_bytes": self._count_down(requests)})
         for client, reply in self.exchange.exchange(requests, min(self.plan.recipe.deadline_s, FAREWELL_S)):
@@ -132,6 +124,13 @@ class Federation:
                 self._note(client, reply)
             else:
                 self.emit({"event": "client", "client": client, "status": "error", "why": reply.error})
+
+    def _owed(self) -> int:
+        """Bytes of all rounds that clients do not hold yet."""
+        owed = [0]  # to a client that holds all rounds, all but one, ...
+        for number in range(len(self.ledger), 0, -1):
+            owed.append(owed[-1] + len(self.ledger.part(number)))
+        return sum(owed[len(self.ledger) - known] for known in self._known.values())
 
     # -- one round --------------------------------------------------------------------------------------------
 
@@ -142,28 +141,32 @@ class Federation:
         roster = sorted(self._known)
         chosen = self.plan.schedule.sample(number, roster, stream(self.plan.recipe.seed, "schedule", number))
         progress = (number - 1) / (self.plan.recipe.rounds or 1)
+        grouped = bool(self.plan.recipe.clients)
         requests = {
             c: self._request(
-                "train", c, {"round": number, "progress": progress, "group": self.plan.group_of(c, roster)}
+                "train",
+                c,
+                {"round": number, "progress": progress, "group": self.plan.group_of(c, roster) if grouped else -1},
             )
             for c in chosen
         }
         down_bytes = self._count_down(requests)
-        accepted = self._collect(number, requests)
+        gathering = self.plan.aggregation.gather()
+        accepted = self._collect(number, requests, gathering)
         if len(accepted) < self.plan.recipe.min_clients:
             raise FederationError(
                 f"round {number}: {len(accepted)} of {len(chosen)} clients answered, min_clients is "
                 f"{self.plan.recipe.min_clients}. Run the same command again when they are back; nothing is lost."
             )
-        self._commit(number, accepted)
+        self._commit(number, accepted, gathering)
         self.emit(
             {
                 "event": "round",
                 "round": number,
                 "clients": len(accepted),
                 "asked": len(chosen),
-                "loss": float(np.mean([float(reply.body["loss"]) for _, reply, _ in accepted])),
-                "up_bytes": sum(len(reply.payloads[0]) for _, reply, _ in accepted),
+                "loss": float(np.mean([answer.loss for answer in accepted])),
+                "up_bytes": sum(answer.up_bytes for answer in accepted),
                 "down_bytes": down_bytes,
                 "seconds": time.monotonic() - started,
                 "head": self.ledger.head,
@@ -175,7 +178,7 @@ class Federation:
 
     def _request(self, kind: str, client: str, body: dict[str, Any]) -> Request:
         known = self._known.get(client, 0)
-        parts = [record.members + payload for record, payload in self.ledger.since(known)]
+        parts = [self.ledger.part(number) for number in range(known + 1, len(self.ledger) + 1)]
         extra: dict[str, Any] = {"first": known + 1}
         if (
             kind == "train"
@@ -196,7 +199,8 @@ class Federation:
         self._known[client] = int(reply.body["round"])
         self.tally.peak_rss_bytes = max(self.tally.peak_rss_bytes, int(reply.body.get("peak_rss_bytes", 0)), peak_rss())
 
-    def _collect(self, number: int, requests: dict[str, Request]) -> list[tuple[str, Reply, Update]]:
+    def _collect(self, number: int, requests: dict[str, Request], gathering: Gathering) -> list[Answer]:
+        """Each reply goes into the sum as it arrives; what stays is a line about it, in order of the clients."""
         accepted = []
         context = self.replica.context(number)
         silent = set(requests)
@@ -204,54 +208,48 @@ class Federation:
             silent.discard(client)
             event = {"event": "client", "round": number, "client": client}
             try:
-                if reply.error is not None or len(reply.payloads) != 1:
-                    raise WireError(reply.error or f"expected one payload, got {len(reply.payloads)}")
-                if int(reply.body["num_examples"]) < 1:
-                    raise WireError("reports no examples")
-                update = self.plan.uplink.decode(reply.payloads[0], context)
+                answer, update = self._open(client, reply, context)
             except (WireError, KeyError) as error:
                 self._known.pop(client, None)  # ask it again what it holds
                 self.emit({**event, "status": "error", "why": str(error)})
                 continue
+            gathering.add(update, answer.num_examples)
             self._note(client, reply)
-            self.tally.up_bytes += len(reply.payloads[0])
+            self.tally.up_bytes += answer.up_bytes
             self.tally.client_rounds += 1
-            accepted.append((client, reply, update))
-            self.emit({**event, "status": "ok", "up_bytes": len(reply.payloads[0]), **_numbers(reply)})
+            accepted.append(answer)
+            self.emit({**event, "status": "ok", "up_bytes": answer.up_bytes, **_numbers(reply)})
         for client in sorted(silent):
             self._known.pop(client, None)
             self.emit({"event": "client", "round": number, "client": client, "status": "missing"})
-        return sorted(accepted, key=lambda item: item[0])
+        return sorted(accepted, key=lambda answer: answer.client)
 
-    def _commit(self, number: int, accepted: list[tuple[str, Reply, Update]]) -> None:
-        counts = [int(reply.body["num_examples"]) for _, reply, _ in accepted]
-        weights = self.plan.aggregation.weights(counts)
-        combined = self.plan.aggregation.combine([u for _, _, u in accepted], weights, self._states["aggregation"])
-        combined = self._outer_step(combined)
+    def _open(self, client: str, reply: Reply, context: WireContext) -> tuple[Answer, Update]:
+        """Raises WireError or KeyError for a reply that cannot count."""
+        if reply.error is not None or len(reply.payloads) != 1:
+            raise WireError(reply.error or f"expected one payload, got {len(reply.payloads)}")
+        (payload,) = reply.payloads
+        count, loss = int(reply.body["num_examples"]), float(reply.body["loss"])
+        if count < 1:
+            raise WireError("reports no examples")
+        update = self.plan.uplink.decode(payload, context)
+        return Answer(client, count, loss, len(payload), hashlib.sha256(payload).hexdigest()), update
+
+    def _commit(self, number: int, accepted: list[Answer], gathering: Gathering) -> None:
+        weights = self.plan.aggregation.weights([answer.num_examples for answer in accepted])
+        combined = outer_step(
+            self.plan.server_optimizer, gathering.result(self._states["aggregation"]), self._states["optimizer"]
+        )
         if isinstance(combined, SeedUpdate) and self.plan.downlink.takes == "tensors" and self.plan.basis is not None:
             combined = coordinates(self.plan, combined)
         payload = self.plan.downlink.encode(combined, self.replica.context(number), self._states["downlink"])
         self.replica.apply(number, payload)
         self._save_states(number)
         contributions = tuple(
-            Contribution(client, count, float(weight), hashlib.sha256(reply.payloads[0]).hexdigest())
-            for (client, reply, _), count, weight in zip(accepted, counts, weights, strict=True)
+            Contribution(answer.client, answer.num_examples, float(weight), answer.payload_sha256)
+            for answer, weight in zip(accepted, weights, strict=True)
         )
         self.ledger.append(self.plan.root(number), payload, contributions)
-
-    def _outer_step(self, mean: Update) -> Update:
-        """The server's optimizer takes minus the mean change as a gradient; plain sgd with lr 1 takes the mean."""
-        rule = self.plan.server_optimizer
-        if isinstance(mean, SeedUpdate):
-            return SeedUpdate(mean.indices, mean.coefs * np.float32(rule.lr), mean.groups)
-        states, stepped = self._states["optimizer"], {}
-        for name, change in mean.tensors.items():
-            prefix = f"{name}/"
-            state = {k.removeprefix(prefix): v for k, v in states.items() if k.startswith(prefix)}
-            state = state or rule.init(change)
-            stepped[name] = rule.update(-change, state, torch.zeros_like(change), float(rule.lr))
-            states.update({prefix + k: v for k, v in state.items()})
-        return TensorUpdate(stepped)
 
     def _state_path(self, number: int) -> Path:
         return self.folder / "state" / f"server-{number:05d}.safetensors"

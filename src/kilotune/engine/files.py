@@ -1,17 +1,19 @@
 """Files that survive a crash: written beside, synced, then renamed; and one clear line when the disk is full."""
 
+from __future__ import annotations
+
 import errno
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
-
-from safetensors.torch import load_file, save
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from kilotune.core.errors import RunError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextmanager
@@ -32,19 +34,25 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replace the file in one step: a reader sees the old content or the new, never a part."""
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A path to write to; then the file is replaced in one step: a reader sees the old content or the new, no part."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            with open(beside, "wb") as file:
-                file.write(content)
-                file.flush()
+            yield beside
+            with open(beside, "r+b") as file:
                 os.fsync(file.fileno())
             os.replace(beside, path)
         finally:
             beside.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace the file's content."""
+    with _replacing(path) as beside:
+        beside.write_bytes(content)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -72,13 +80,23 @@ def _remove_cut_line(file: BinaryIO) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, str]) -> None:
-    """Tensors and a few words about them as one safetensors file."""
-    write_bytes(path, save({k: v.detach().contiguous() for k, v in tensors.items()}, metadata=facts))
+    """Tensors and a few words about them as one safetensors file, which is never in memory as a whole."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with _replacing(path) as beside:
+        try:
+            save_file({k: v.detach().contiguous() for k, v in tensors.items()}, beside, metadata=facts)
+        except SafetensorError as error:  # the system's refusal, as words
+            if "No space left" not in str(error):
+                raise
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What `write_tensors` wrote. Raises RunError when the file is gone or is something else."""
     from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file
 
     try:
         with safe_open(str(path), framework="pt") as file:

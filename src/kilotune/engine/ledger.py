@@ -8,7 +8,8 @@ took part, so no round can be changed, dropped, re-ordered or borrowed from anot
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from kilotune.engine.files import append_line, write_bytes
 
 FORMAT = 1
 LEDGER = "ledger.jsonl"
+MEMBERS_BYTES = 32
+CACHE_BYTES = 64 << 20  # of rounds kept in memory beside the last one; the others are read from disk when asked for
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Header:
         return hashlib.sha256(b"kilotune-ledger" + canonical(content)).hexdigest()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Contribution:
     """One client's part in a round."""
 
@@ -66,7 +69,7 @@ class Record:
     previous: str
     hash: str
 
-    @property
+    @cached_property
     def members(self) -> bytes:
         """32 bytes that stand for who took part, with what and with which weight."""
         return hashlib.sha256(canonical([asdict(c) for c in self.contributions])).digest()
@@ -84,13 +87,13 @@ def link(previous: str, round: int, root: int, members: bytes, payload: bytes) -
 
 
 class Ledger:
-    """The rounds of one run, in memory and, with a folder, on disk. `append` is atomic: a cut line is no round."""
+    """The rounds of one run, in memory or, with a folder, on disk. `append` is atomic: a cut line is no round."""
 
     def __init__(self, header: Header, folder: Path | None = None) -> None:
         self.header = header
         self.folder = folder
         self.records: list[Record] = []
-        self._payloads: list[bytes] = []
+        self._parts: dict[int, bytes] = {}  # by round; with a folder only the last ones that were in use
 
     @property
     def head(self) -> str:
@@ -139,7 +142,6 @@ class Ledger:
                 payload = ledger._payload_path(record.round).read_bytes()
                 ledger._check(record, payload)
                 ledger.records.append(record)
-                ledger._payloads.append(payload)
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
             raise WireError(f"{path}:{number}: cut or foreign: {error}.") from None
         except FileNotFoundError as error:
@@ -150,21 +152,47 @@ class Ledger:
         """Add the next round: payload first, then the line that makes it count."""
         number = len(self.records) + 1
         draft = Record(number, root, hashlib.sha256(payload).hexdigest(), contributions, self.head, "")
-        record = Record(**{**draft.__dict__, "hash": link(self.head, number, root, draft.members, payload)})
+        record = replace(draft, hash=link(self.head, number, root, draft.members, payload))
         if self.folder is not None:
             write_bytes(self._payload_path(number), payload)
             append_line(self.folder / LEDGER, canonical(asdict(record)))
         self.records.append(record)
-        self._payloads.append(payload)
+        self._keep(number, record.members + payload)
         return record
 
+    def part(self, round: int) -> bytes:
+        """What a client is sent of a round (rounds count from 1): 32 bytes for the members, then the payload."""
+        part = self._parts.pop(round, None)
+        if part is None:
+            path = self._payload_path(round)
+            try:
+                part = self.records[round - 1].members + path.read_bytes()
+            except FileNotFoundError:
+                raise WireError(f"{path}: missing, so the run cannot go on. Put it back.") from None
+        self._keep(round, part)
+        return part
+
+    def holds(self, round: int, part: bytes) -> bool:
+        """Whether these very bytes came from `part`, so that nobody has to look at them again."""
+        return self._parts.get(round) is part
+
     def payload(self, round: int) -> bytes:
-        """What was broadcast for a round (rounds count from 1)."""
-        return self._payloads[round - 1]
+        """What was broadcast for a round."""
+        return self.part(round)[MEMBERS_BYTES:]
 
     def since(self, round: int) -> Iterator[tuple[Record, bytes]]:
         """Records and payloads of the rounds after this one."""
-        yield from zip(self.records[round:], self._payloads[round:], strict=True)
+        for record in self.records[round:]:
+            yield record, self.payload(record.round)
+
+    def _keep(self, round: int, part: bytes) -> None:
+        """At the end of what is kept; what was not asked for longest makes room if it can be read again."""
+        self._parts[round] = part
+        if self.folder is None:
+            return
+        total = sum(map(len, self._parts.values()))
+        while total > CACHE_BYTES and len(self._parts) > 1:
+            total -= len(self._parts.pop(next(iter(self._parts))))
 
     def _payload_path(self, round: int) -> Path:
         if self.folder is None:

@@ -1,70 +1,186 @@
-"""Planner: bytes by formula, memory by formula or probe, time by one probe step — before a run starts."""
+"""Planner: bytes by formula, memory and time from figures of a slice of the model — before a run starts.
 
-import math
-import time
+Neither torch nor transformers is imported when the figures are in the cache: sizes come from the headers of the
+weights, tokens from a sample of the rows.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
+from math import ceil, prod
+from pathlib import Path
 from typing import Any
 
-import psutil
-
-from kilotune.aggregation.seed_sum import SeedSum
 from kilotune.core.rng import stream
-from kilotune.engine.batches import micro_batches
+from kilotune.engine import slices, sources
 from kilotune.engine.compose import Plan
-from kilotune.engine.compute import Compute
-from kilotune.engine.evaluation import evaluate
-from kilotune.engine.models import Base, load_base
-from kilotune.engine.replica import Replica
-from kilotune.engine.session import encode_rows, split_rows
-from kilotune.engine.step import BatchObjective, Memory, train_step
-from kilotune.engine.tokenize import Example
-from kilotune.engine.worker import MEMBERS_BYTES, peak_rss
+from kilotune.engine.facts import Facts, read_facts
+from kilotune.engine.filetokenizer import light_tokenizer
+from kilotune.engine.ledger import MEMBERS_BYTES
+from kilotune.engine.memory import check_memory
+from kilotune.engine.packing import cut
+from kilotune.engine.shares import split_rows
+from kilotune.engine.tokenize import Example, encode
+
+__all__ = [
+    "Sample",
+    "Workload",
+    "assemble",
+    "figures_of",
+    "memory_bytes",
+    "open_facts",
+    "payload_bytes",
+    "predict",
+    "sample_rows",
+    "step_seconds",
+    "workload",
+]
 
 FLOAT = 4
-ACTIVATIONS_PER_HIDDEN = (
-    34  # float32 numbers kept per token, layer and hidden unit; Korthikanti et al. 2205.05198, eq. 1
-)
+SAMPLE = 192  # rows that are tokenised
+STEPS = 12  # batches drawn from the sample
+EVALUATION_TOKENS = 4096  # of one batch, as `evaluate` cuts them
+ANSWER_TOKENS = 8192  # of prompts and answers at once, as `generate` cuts them
+CHUNK_NUMBERS = 1 << 24  # logits alive at once
+LOOSE = 1.1  # what an allocator holds beyond what was asked for, where many sizes come and go
+IDLE_BYTES = 420 << 20  # of a process that has loaded its libraries, where it was not measured
+KEPT_PER_HIDDEN = 34  # float32 numbers per token, layer and hidden unit; Korthikanti et al. 2205.05198, eq. 1
+MEASURES = 5.5  # two-point steps that a measurement of the curvature costs (11 passes)
+Emit = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What a recipe will run on: clients, and their longest rows for a worst-case step."""
+    """What a recipe will run on, from a sample of its rows."""
 
     clients: int
-    longest: list[Example]
-    examples: list[Example]
+    steps: list[list[int]]  # of some steps: tokens of each micro-batch, padding included
+    labels: float  # tokens with a loss per step
+    longest: int  # tokens of the longest row
+    prompt: float  # tokens before an answer, and of
+    held_out: int  # rows to evaluate
+
+    @property
+    def peak_tokens(self) -> int:
+        return max(max(step) for step in self.steps)
 
 
-def predict(plan: Plan, clients: int | None, probe: bool) -> dict[str, Any]:
-    """Payload bytes per client and round, peak resident bytes of one process, seconds per step and in all."""
-    federated = plan.recipe.rounds is not None
-    rows = split_rows(plan, alone=not federated)
-    base = load_base(plan.recipe.base, writable=True)
-    members = next(iter(rows.clients.values()))
-    examples = encode_rows(plan, base, members, "plan", lambda event: None)
-    longest = sorted(examples, key=lambda e: -len(e.input_ids))[: plan.recipe.batch_size]
-    work = Workload(clients or len(rows.clients), longest, examples)
-    shapes = {name: tuple(param.shape) for name, param in base.parameters().items()}
-    replica = Replica(base, plan)
-    numel = {name: value.numel() for name, value in replica.trainable.wire.items()}
+def predict(plan: Plan, clients: int | None, probe: bool | None, emit: Emit = lambda event: None) -> dict[str, Any]:
+    """Payload bytes per client and round, peak resident bytes of one process, seconds per step and in all.
+
+    `probe` True measures anew; None measures what was never measured here; False measures nothing and gives no times.
+    """
+    folder, facts = open_facts(plan, emit)
+    load = workload(plan, facts, sample_rows(plan), clients)
+    return assemble(plan, facts, load, figures_of(plan, folder, probe, emit), times=probe is not False)
+
+
+def open_facts(plan: Plan, emit: Emit) -> tuple[Path, Facts]:
+    """The base's folder and sizes. Raises ModelError when it would not fit in memory."""
+    name = plan.recipe.base
+    folder = sources.find_folder(name, None, None, lambda text: emit({"event": "status", "text": text}))
+    check_memory(name, sources.float32_bytes(folder))
+    return folder, read_facts(name, folder)
+
+
+def figures_of(plan: Plan, folder: Path, probe: bool | None, emit: Emit) -> slices.Figures | None:
+    """Remembered or measured; an adapter has to be counted in any case."""
+    found = slices.remembered_figures(plan, folder) if not probe else None
+    if found is None and (probe is not False or plan.parametrization.method_name() == "peft"):
+        parts = f"{plan.parametrization.method_name()} and {plan.estimator.method_name()}"
+        emit({"event": "status", "text": f"measuring {parts} on a slice of {plan.recipe.base}, once on this machine"})
+        found = slices.figures(plan, folder)
+    return found
+
+
+def assemble(plan: Plan, facts: Facts, load: Workload, figures: slices.Figures | None, times: bool) -> dict[str, Any]:
+    """The prediction from its parts."""
+    numel = wire_numbers(plan, facts, figures)
     result: dict[str, Any] = {
         "recipe_id": plan.id,
-        "base": base.name,
-        "clients": work.clients,
+        "base": plan.recipe.base,
+        "clients": load.clients,
         "trainable": sum(numel.values()),
         "seconds_per_step": None,
         "seconds": None,
     }
-    if federated:
-        result |= payload_bytes(plan, numel, work.clients)
-    if probe:
-        seconds = _probe(plan, replica, work)
-        steps = (plan.recipe.rounds or 0) * work.clients * plan.recipe.local_steps or plan.recipe.steps or 0
+    if plan.recipe.rounds is not None:
+        result |= payload_bytes(plan, numel, load.clients)
+    result["peak_rss_bytes"] = memory_bytes(plan, facts, numel, load, figures)
+    if figures is not None and times:
+        seconds = step_seconds(plan, facts, load, figures)
+        taking_part = min(load.clients, getattr(plan.schedule, "clients_per_round", load.clients))
+        steps = (plan.recipe.rounds or 0) * taking_part * plan.recipe.local_steps or plan.recipe.steps or 0
         result |= {"seconds_per_step": seconds, "seconds": seconds * steps}
-        result["peak_rss_bytes"] = peak_rss() + _export_bytes(plan, numel)
-    else:
-        result["peak_rss_bytes"] = memory_bytes(plan, shapes, numel, work, base)
     return result
+
+
+# -- what there is to do ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Tokenised rows of the first few clients, and how many clients and held-out rows there are."""
+
+    members: list[list[Example]]
+    clients: int
+    held_out: int
+
+
+def sample_rows(plan: Plan) -> Sample:
+    """As many rows of each of the first clients as make a sample."""
+    rows = split_rows(plan, alone=plan.recipe.rounds is None)
+    tokenizer = light_tokenizer(plan.recipe.base)
+    chosen = [own for _, own in sorted(rows.clients.items()) if own][:STEPS]
+    cut = [own[: max(1, SAMPLE // len(chosen))] for own in chosen]
+    return Sample([encode(own, tokenizer, plan.recipe.data)[0] for own in cut], len(rows.clients), len(rows.held_out))
+
+
+def workload(plan: Plan, facts: Facts, sample: Sample, clients: int | None) -> Workload:
+    """Steps as they will be cut, drawn from the sample."""
+    steps, labels = [], 0
+    for number, members in enumerate(sample.members):
+        for turn in range(ceil(STEPS / len(sample.members))):
+            order = stream(plan.recipe.seed, "plan", number, turn).permutation(len(members))[: plan.recipe.batch_size]
+            batch = [members[i] for i in order]
+            steps.append(batch_tokens(batch, plan.recipe.micro_batch_tokens, facts.packs))
+            labels += sum(example.num_labels for example in batch)
+    examples = [example for members in sample.members for example in members]
+    return Workload(
+        clients or sample.clients,
+        steps,
+        labels / len(steps),
+        max(len(example.input_ids) for example in examples),
+        sum(len(example.prompt_ids) for example in examples) / len(examples),
+        sample.held_out,
+    )
+
+
+def batch_tokens(rows: list[Example], limit: int, packs: bool) -> list[int]:
+    """Tokens of each micro-batch of one step, padding included, as `packing.cut` cuts them."""
+    return [group[0].length * len(group) for group in cut(rows, limit, packs)]
+
+
+def wire_numbers(plan: Plan, facts: Facts, figures: slices.Figures | None) -> dict[str, int]:
+    """Numbers of each tensor that is trained and sent."""
+    if plan.parametrization.uses_basis and plan.basis is not None:
+        return {"coords": plan.basis.size}
+    if plan.parametrization.method_name() == "full":
+        from kilotune.parametrization._targets import select
+
+        sizes = {name: prod(shape) for name, shape in facts.shapes.items()}
+        return {name: sizes[name] for name in select(list(sizes), plan.parametrization.targets)}  # type: ignore[attr-defined]
+    if figures is None:
+        raise ValueError("an adapter is counted on a slice, so its figures are needed")
+    small, large = figures["wire"][str(slices.SMALL)], figures["wire"][str(slices.LARGE)]
+    added = {name: size for name, size in large.items() if name not in small}  # of the layers beyond the first
+    layers = {name: size for name, size in added.items() if f".{slices.LARGE - 1}." in name}
+    numel = dict(small)
+    for layer in range(slices.SMALL, facts.layers):
+        numel |= {name.replace(f".{slices.LARGE - 1}.", f".{layer}.", 1): size for name, size in layers.items()}
+    return numel
+
+
+# -- bytes ------------------------------------------------------------------------------------------------------------
 
 
 def payload_bytes(plan: Plan, numel: dict[str, int], clients: int) -> dict[str, float]:
@@ -81,50 +197,96 @@ def payload_bytes(plan: Plan, numel: dict[str, int], clients: int) -> dict[str, 
     pairs = 0.0 if bound or not size else size * (1 - (1 - 1 / size) ** (steps * taking_part))  # distinct directions
     record = MEMBERS_BYTES + plan.downlink.predict_bytes(numel, round(pairs))
     down = record * clients / taking_part  # in the end everybody holds every round
-    if isinstance(plan.aggregation, SeedSum) and plan.aggregation.selection == "amplitude":
+    if plan.aggregation.method_name() == "seed_sum" and getattr(plan.aggregation, "selection", "") == "amplitude":
         down += 2 * size
     return {"payload_up_bytes_per_client_round": round(up, 1), "payload_down_bytes_per_client_round": round(down, 1)}
 
 
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
 def memory_bytes(
-    plan: Plan, shapes: dict[str, tuple[int, ...]], numel: dict[str, int], work: Workload, base: Base
+    plan: Plan, facts: Facts, numel: dict[str, int], load: Workload, figures: slices.Figures | None
 ) -> int:
-    """Peak resident bytes of one process by formula: program, weights, copies, gradients, optimizer, activations."""
-    weights = {name: math.prod(shape) for name, shape in shapes.items()}
-    total, largest = sum(weights.values()), max(weights.values())
-    trained = sum(numel.values())
-    subspace = plan.parametrization.uses_basis
-    overlay = plan.estimator.forward_only
-    copies = 0 if overlay and plan.basis is not None and plan.basis.one_pass else total if subspace else trained
-    gradient = largest if subspace or plan.parametrization.method_name() == "full" else trained
+    """Peak resident bytes of one process: what stays, and the largest of what comes and goes beside it."""
+    idle = IDLE_BYTES if figures is None else figures["idle_bytes"]
+    trained, federated = sum(numel.values()), plan.recipe.rounds is not None
     moments = {"adamw": 2, "sgd": 0}.get(plan.optimizer.method_name(), 2) * trained
-    config = base.model.config
-    tokens = min(sum(len(e.input_ids) for e in work.longest), plan.recipe.micro_batch_tokens)
-    kept = ACTIVATIONS_PER_HIDDEN * config.hidden_size * config.num_hidden_layers * tokens
-    scratch = 2 * largest if overlay else kept + gradient
-    numbers = total + copies + moments + scratch
-    return int(psutil.Process().memory_info().rss - FLOAT * total + FLOAT * numbers + _export_bytes(plan, numel))
+    stays = facts.numbers + moments + _copies(plan, facts, trained, federated)
+    if plan.parametrization.method_name() == "peft":
+        stays += trained
+    training = _training(plan, facts, trained, load, figures)
+    saving = _export_bytes(plan, trained) if federated else 0
+    passing = max(training, FLOAT * _evaluation(plan, facts, load), saving)
+    return int(idle + FLOAT * stays + passing)
 
 
-def _export_bytes(plan: Plan, numel: dict[str, int]) -> int:
+def _copies(plan: Plan, facts: Facts, trained: int, federated: bool) -> int:
+    """Numbers kept beside the weights to go back to, or to take a difference from."""
+    if plan.parametrization.uses_basis:
+        one_pass = plan.basis is not None and plan.basis.one_pass
+        return 0 if plan.estimator.forward_only and one_pass else facts.numbers
+    return trained if federated else 0
+
+
+def _training(plan: Plan, facts: Facts, trained: int, load: Workload, figures: slices.Figures | None) -> float:
+    """Bytes that come and go within a step."""
+    head = facts.vocabulary * facts.hidden
+    logits = 2 * min(CHUNK_NUMBERS, load.labels * facts.vocabulary)
+    if plan.estimator.forward_only:
+        sides = 2 if load.peak_tokens <= 1024 else 1  # short batches see both probes at once
+        return FLOAT * (logits + sides * (_forward(facts, load.peak_tokens) + facts.inner * facts.hidden))
+    per_layer = KEPT_PER_HIDDEN * facts.hidden * FLOAT if figures is None else figures["layer_token_bytes"]
+    rest = 0.0 if figures is None else figures["rest_token_bytes"]
+    kept = load.peak_tokens * (per_layer * facts.layers + rest)
+    if plan.recipe.checkpointing:
+        kept = load.peak_tokens * (FLOAT * facts.hidden * facts.layers + per_layer + rest)
+    whole = plan.parametrization.uses_basis or plan.parametrization.method_name() == "full"
+    gradients = head if whole else 0  # the head's is made with its loss and waits for the embedding's
+    piled_up = trained if plan.parametrization.method_name() == "full" and max(map(len, load.steps)) > 1 else 0
+    early = kept + FLOAT * (gradients + logits + piled_up)
+    late = FLOAT * (3 * gradients + piled_up)
+    return max(early, late)
+
+
+def _forward(facts: Facts, tokens: float) -> float:
+    """Numbers alive within one layer of a pass without gradients."""
+    return tokens * (6 * facts.hidden + 3 * facts.inner)
+
+
+def _evaluation(plan: Plan, facts: Facts, load: Workload) -> float:
+    """Numbers that come and go while held-out rows are measured."""
+    settings = plan.recipe.evaluation
+    if not load.held_out:
+        return 0.0
+    answers = settings.max_new_tokens if settings.generate else 0
+    row = load.prompt + answers
+    rows = min(load.held_out, max(1, ANSWER_TOKENS // max(1, round(row)))) if answers else 0
+    loss = _forward(facts, min(EVALUATION_TOKENS, load.held_out * load.longest)) + 3 * CHUNK_NUMBERS
+    generation = LOOSE * facts.cache * rows * row + _forward(facts, rows * load.prompt) + rows * facts.vocabulary
+    return max(loss, generation)
+
+
+def _export_bytes(plan: Plan, trained: int) -> int:
     """What making a payload holds at once beyond training: the difference, and its encoding."""
-    return (FLOAT + 2) * sum(numel.values()) if plan.uplink.method_name() in ("dense", "projection") else 0
+    return (FLOAT + 2) * trained if plan.uplink.method_name() in ("dense", "projection") else 0
 
 
-def _probe(plan: Plan, replica: Replica, work: Workload) -> float:
-    """Seconds of one typical step, after a step on the longest rows has met the peak; nothing is kept."""
-    trainable = replica.trainable
-    size = plan.recipe.batch_size
-    typical = [work.examples[i] for i in stream(plan.recipe.seed, "probe").permutation(len(work.examples))[:size]]
-    memory = Memory.empty()
-    seconds = 0.0
-    trainable.begin(0, plan.estimator.forward_only)
-    for rows in (work.longest, typical, typical):
-        batches = micro_batches(rows, plan.recipe, replica.model, replica.base.tokenizer.pad_token_id)
-        objective = BatchObjective(replica.model, batches, Compute.of(plan.recipe))
-        started = time.monotonic()
-        train_step(trainable, plan.estimator, plan.optimizer, objective, memory, 1.0, stream(0, "probe"))
-        seconds = time.monotonic() - started
-    trainable.rollback()
-    evaluate(replica.model, replica.base.tokenizer, work.longest[:8], max_new_tokens=4)
+# -- time -------------------------------------------------------------------------------------------------------------
+
+
+def step_seconds(plan: Plan, facts: Facts, load: Workload, figures: slices.Figures) -> float:
+    """Seconds of a step, mean over the sampled ones."""
+    total = 0.0
+    # A second forward pass: half of what both took where weights have no gradients, else a third.
+    again = (1 + (1 / 2 if plan.parametrization.method_name() == "peft" else 1 / 3)) if plan.recipe.checkpointing else 1
+    for step in load.steps:
+        tokens = sum(step)
+        total += again * facts.layers * (len(step) * figures["layer_s"] + tokens * figures["layer_token_s"])
+        total += figures["rest_s"] + tokens * figures["rest_token_s"]
+    seconds = total / len(load.steps) + load.labels * figures["label_s"]
+    if plan.optimizer.lr == "auto":  # the curvature is measured at the first step and then now and again
+        every = getattr(plan.estimator, "probe_every", 1)
+        steps = (plan.recipe.rounds or 0) * plan.recipe.local_steps or plan.recipe.steps or 1
+        seconds *= 1 + MEASURES * ceil(steps / every) / steps
     return seconds

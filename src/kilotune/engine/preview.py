@@ -4,7 +4,7 @@ from collections import Counter
 from typing import Any
 
 from kilotune.engine.data import load_rows
-from kilotune.engine.models import load_tokenizer
+from kilotune.engine.filetokenizer import light_tokenizer
 from kilotune.engine.recipe import DataSection
 from kilotune.engine.tokenize import encode, show
 
@@ -13,7 +13,7 @@ def preview(path: str, limit: int, base: str, template: str, max_length: int) ->
     """The first rows with loss-carrying stretches marked, and counts over all rows."""
     settings = DataSection.model_validate({"path": path, "template": template, "max_length": max_length})
     rows = load_rows(path)
-    tokenizer = load_tokenizer(base)
+    tokenizer = light_tokenizer(base)
     _, report = encode(rows, tokenizer, settings)
     return {
         "rows": [shown.as_dict() for shown in show(rows, tokenizer, settings, limit)],

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -18,6 +18,8 @@ from kilotune.core.errors import RunError
 from kilotune.engine.compose import Plan
 from kilotune.engine.files import append_line, disk_errors, write_bytes, write_json
 
+SYNCED = ("round", "step", "evaluation", "end")
+"""Events after which metrics.jsonl is synced. Nothing else hangs on it: what a run resumes from is in the ledger."""
 RECIPE, METRICS, SUMMARY, REPORT = "recipe.yaml", "metrics.jsonl", "summary.json", "report.html"
 
 
@@ -26,6 +28,8 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._metrics: BinaryIO | None = None  # open while the folder is held
+        self._held = False
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -37,7 +41,14 @@ class RunFolder:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except OSError:
                     raise RunError(f"{self.path}: another kilotune process works in this folder.") from None
-                yield
+                self._held = True
+                try:
+                    yield
+                finally:
+                    self._held = False
+                    if self._metrics is not None:
+                        self._metrics.close()
+                        self._metrics = None
 
     def write_recipe(self, plan: Plan) -> None:
         text = yaml.safe_dump(plan.resolved(), sort_keys=False, allow_unicode=True)
@@ -45,7 +56,14 @@ class RunFolder:
 
     def record(self, event: dict[str, Any]) -> None:
         """Append one event, with the time in seconds since the epoch."""
-        append_line(self.path / METRICS, json.dumps({"time": round(time.time(), 3), **event}).encode())
+        line, path = json.dumps({"time": round(time.time(), 3), **event}).encode(), self.path / METRICS
+        if self._metrics is None or event["event"] in SYNCED:
+            append_line(path, line)  # which also removes a line that a crash has cut
+        else:
+            with disk_errors(path):
+                self._metrics.write(line + b"\n")
+        if self._metrics is None and self._held:
+            self._metrics = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by `locked`
 
     def events(self) -> list[dict[str, Any]]:
         """All events so far; an unfinished last line is left out."""

@@ -6,92 +6,42 @@ the requests; rounds, ledger, evaluation and outputs are the same code.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kilotune.core.errors import DataError, RecipeError
+from kilotune.core.errors import RecipeError
 from kilotune.core.noise import NOISE_SPEC
-from kilotune.core.rng import stream
 from kilotune.engine import seedfile
 from kilotune.engine.compose import Plan, build
-from kilotune.engine.data import Row, data_digest, load_rows, partition, partition_counts
+from kilotune.engine.data import Row
 from kilotune.engine.evaluation import EvaluationReport, evaluate
 from kilotune.engine.export import export_peft
 from kilotune.engine.federation import Federation
 from kilotune.engine.flower.local import LocalExchange
 from kilotune.engine.ledger import Header, Ledger
+from kilotune.engine.memory import give_back_blocks
 from kilotune.engine.models import Base, load_base
 from kilotune.engine.replica import Replica
 from kilotune.engine.runfolder import RunFolder
+from kilotune.engine.shares import ALONE, Rows, split_rows
+from kilotune.engine.shares import spread as spread
+from kilotune.engine.simulation import PackedRows, Simulation
 from kilotune.engine.tokenize import Example, encode, stop_ids
 from kilotune.engine.tune import Trainer
-from kilotune.engine.worker import Worker, peak_rss
+from kilotune.engine.worker import peak_rss
 
-ALONE = "local"
 Emit = Callable[[dict[str, Any]], None]
 
 
-@dataclass(frozen=True)
-class Rows:
-    """A data source split for one run: training rows by client, and evaluation rows."""
-
-    clients: dict[str, list[Row]]
-    held_out: list[Row]
-    counts: dict[str, dict[str, Any]]  # per client: rows, and labels where the partition goes by a label
-    digest: str  # of all rows before any was left out
-
-
-def split_rows(plan: Plan, alone: bool) -> Rows:
-    """Load, honour `split`, partition. Raises DataError when nothing is left to train or evaluate on."""
-    section = plan.recipe.data
-    rows = load_rows(section.path)
-    train = [row for row in rows if row.split == "train"]
-    held_out = [row for row in rows if row.split != "train"]
-    if section.eval_path is not None:
-        held_out = load_rows(section.eval_path)
-        held_out = [row for row in held_out if row.split != "train"] or held_out
-    if section.only is not None:
-        train = [row for row in train if row.client == section.only]
-    if not train:
-        whose = f" of client {section.only!r}" if section.only is not None else ""
-        raise DataError(
-            f"{section.path}: got {len(rows)} rows, but no training row{whose}. Check `split` and `client`."
-        )
-    shares = {ALONE: list(range(len(train)))} if alone else partition(train, plan.partition, plan.recipe.seed)
-    clients = {name: [train[i] for i in indices[: section.limit]] for name, indices in shares.items()}
-    fields = plan.partition.fields if plan.partition is not None else ()
-    label = next((field for field in fields if field != "client"), None)
-    held_out = spread(held_out, plan.recipe.evaluation.limit, plan.recipe.seed)
-    return Rows(clients, held_out, partition_counts(train, shares, label), data_digest(rows))
-
-
-def spread(rows: list[Row], limit: int | None, seed: int) -> list[Row]:
-    """At most `limit` rows, taken in turn from every client's, each client's in a fixed random order."""
-    if limit is None or len(rows) <= limit:
-        return rows
-    by_client: dict[str, list[Row]] = {}
-    for row in rows:
-        by_client.setdefault(row.client or "", []).append(row)
-    queues = []
-    for name in sorted(by_client):
-        order = stream(seed, "held-out", name).permutation(len(by_client[name]))
-        queues.append([by_client[name][i] for i in order])
-    chosen: list[Row] = []
-    depth = 0
-    while len(chosen) < limit:
-        chosen += [queue[depth] for queue in queues if depth < len(queue)][: limit - len(chosen)]
-        depth += 1
-    return chosen
-
-
 def open_base(plan: Plan, emit: Emit) -> Base:
-    """The recipe's base model, writable."""
+    """The recipe's base model to train: mapped from its file where no weight of it is ever written."""
+    give_back_blocks()
     torch.set_num_threads(plan.recipe.threads or torch.get_num_threads())
     emit({"event": "status", "text": f"loading base {plan.recipe.base}"})
-    return load_base(plan.recipe.base, writable=True)
+    return load_base(plan.recipe.base, writable=plan.parametrization.writes_base)
 
 
 def encode_rows(plan: Plan, base: Base, rows: list[Row], who: str, emit: Emit) -> list[Example]:
@@ -138,38 +88,35 @@ def federate(plan: Plan, output: Path, emit: Emit, steps: int | None = None) -> 
     with run.locked():
         emit = recording(run, emit)
         rows = split_rows(plan, alone=steps is not None)
+        packed, rows_held_out, who = PackedRows(rows.clients), rows.held_out, _clients_event(rows)
+        del rows  # before the model comes, so that it can have the space
         base = open_base(plan, emit)
         ledger = Ledger.open(output, header(plan, base))
         run.write_recipe(plan)
         replica = Replica(base, plan)
         measure = evaluator(plan, emit)
-        held_out = encode_rows(plan, base, rows.held_out, "evaluation", emit)
-        workers = {
-            name: Worker(
-                name,
-                replica,
-                ledger.header.hash,
-                encode_rows(plan, base, members, name, emit),
-                [],
-                measure,
-                output / "clients" / name,
-                keeps_rounds=False,
-                progress=_local_progress(emit, name),
-            )
-            for name, members in rows.clients.items()
-        }
-        labels = {name: count["labels"] for name, count in rows.counts.items() if "labels" in count}
-        sizes = {name: len(worker.train) for name, worker in workers.items()}
-        emit({"event": "clients", "rows": sizes, "data_digest": rows.digest} | ({"labels": labels} if labels else {}))
-        exchange = LocalExchange({name: worker.handle for name, worker in workers.items()})
-        federation = Federation(plan, replica, ledger, exchange, output, emit, lambda r: measure(r, held_out))
+        held_out = encode_rows(plan, base, rows_held_out, "evaluation", emit)
+        encode_client = partial(_encode_client, plan, base, emit)
+        simulation = Simulation(replica, ledger, packed, encode_client, measure, output, emit)
+        emit(who)
+        exchange = LocalExchange(simulation.handlers())
+        federation = Federation(
+            plan, replica, ledger, exchange, output, emit, lambda r: measure(r, held_out), shared=True
+        )
         reports = federation.run()
         extra = {"command": "tune", "steps": steps} if steps is not None else None
-        return finish(run, plan, federation, reports, len(workers), time.monotonic() - started, extra)
+        return finish(run, plan, federation, reports, len(packed.counts), time.monotonic() - started, extra)
 
 
-def _local_progress(emit: Emit, client: str) -> Callable[[str], None]:
-    return lambda line: emit({"event": "progress", "what": f"{client}: {line}"})
+def _encode_client(plan: Plan, base: Base, emit: Emit, rows: list[Row], client: str) -> list[Example]:
+    return encode_rows(plan, base, rows, client, emit)
+
+
+def _clients_event(rows: Rows) -> dict[str, Any]:
+    labels = {name: count["labels"] for name, count in rows.counts.items() if "labels" in count}
+    sizes = {name: len(members) for name, members in rows.clients.items()}
+    event = {"event": "clients", "rows": sizes, "data_digest": rows.digest}
+    return event | ({"labels": labels} if labels else {})
 
 
 def recording(run: RunFolder, emit: Emit) -> Emit:

@@ -4,7 +4,6 @@ A name is, in this order: an alias, a GGUF file, a local folder, an id on the Hu
 unpickled from a model's files: only safetensors and GGUF weights are read.
 """
 
-import gc
 import importlib.metadata
 import json
 import struct
@@ -18,9 +17,21 @@ from typing import Any
 from kilotune.core.errors import ModelError
 from kilotune.core.registry import nearest
 from kilotune.engine.gguf import Progress, converted_folder
+from kilotune.engine.lean import built_in_memory, lean_imports, unhurried_gc
 from kilotune.engine.memory import check_memory
 
-__all__ = ["ALIASES", "Place", "Progress", "find_folder", "float32_bytes", "quietly", "read_model", "tensor_places"]
+__all__ = [
+    "ALIASES",
+    "Place",
+    "Progress",
+    "check_config",
+    "find_folder",
+    "float32_bytes",
+    "model_class",
+    "quietly",
+    "read_model",
+    "tensor_places",
+]
 
 
 @dataclass(frozen=True)
@@ -161,15 +172,17 @@ def float32_bytes(folder: Path) -> int:
 
 def read_model(name: str, folder: Path) -> Any:
     """The model with float32 weights, mapped from the file where it holds float32. Raises ModelError."""
-    _check_config(name, folder)
+    check_config(name, folder)
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=torch.float32, output_loading_info=True, use_safetensors=True
-        )
+        with lean_imports():
+            architecture = model_class(folder)
+        with built_in_memory():
+            model, report = architecture.from_pretrained(
+                str(folder), dtype=torch.float32, output_loading_info=True, use_safetensors=True
+            )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"base {name!r}: cannot be loaded as a causal language model ({lines[0]}).") from None
@@ -179,7 +192,19 @@ def read_model(name: str, folder: Path) -> Any:
     return model
 
 
-def _check_config(name: str, folder: Path) -> None:
+def model_class(folder: Path) -> Any:
+    """The architecture's class, the only one that is imported."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = type(AutoConfig.from_pretrained(str(folder)))
+    try:
+        found = AutoModelForCausalLM._model_mapping[config]
+    except KeyError:
+        raise ValueError(f"{config.__name__} is of no such model") from None
+    return found[0] if isinstance(found, tuple) else found
+
+
+def check_config(name: str, folder: Path) -> None:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         quantised, custom = config.get("quantization_config"), config.get("auto_map")
@@ -199,18 +224,15 @@ def _check_config(name: str, folder: Path) -> None:
 @contextmanager
 def quietly() -> Iterator[None]:
     """Silence transformers' bars and warnings, and keep the garbage collector out of its thousands of imports."""
-    collecting = gc.isenabled()
-    gc.disable()
-    from transformers.utils import logging
+    with unhurried_gc():
+        from transformers.utils import logging
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-        if collecting:
-            gc.enable()
+        level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(level)
+            if bars:
+                logging.enable_progress_bar()

@@ -4,8 +4,10 @@ Everything a round needs beyond the request follows from (recipe, client name, r
 and asked again answers with the same bytes.
 """
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -13,23 +15,25 @@ import psutil
 import torch
 
 from kilotune import __version__
-from kilotune.core.errors import FederationError, KilotuneError, WireError
+from kilotune.core.errors import DataError, FederationError, KilotuneError, WireError
 from kilotune.core.rng import derive, stream
 from kilotune.core.types import SeedUpdate, State, Update, WireContext
 from kilotune.engine.batches import BatchSampler, micro_batches
+from kilotune.engine.clientstate import Answer, ClientState, RoundLog
 from kilotune.engine.compose import Plan
 from kilotune.engine.compute import Compute
 from kilotune.engine.evaluation import EvaluationReport
-from kilotune.engine.files import read_tensors, write_bytes, write_tensors
+from kilotune.engine.files import write_bytes
 from kilotune.engine.flower.messages import Reply, Request
-from kilotune.engine.ledger import link
+from kilotune.engine.ledger import MEMBERS_BYTES, link
 from kilotune.engine.replica import Replica
 from kilotune.engine.step import BatchObjective, Memory, StepReport, rate, train_step
 from kilotune.engine.tokenize import Example
 
-MEMBERS_BYTES = 32
 Evaluate = Callable[[Replica, list[Example]], EvaluationReport]
 Progress = Callable[[str], None]
+Link = Callable[[int, str, bytes], str]
+"""(round, head before, part) -> head after."""
 
 
 class Worker:
@@ -40,20 +44,24 @@ class Worker:
         name: str,
         replica: Replica,
         genesis: str,
-        train: list[Example],
+        train: Sequence[Example],
         held_out: list[Example],
         evaluate: Evaluate,
         folder: Path,
         keeps_rounds: bool,
         progress: Progress = lambda line: None,
         checkpoint: Path | None = None,
+        log: RoundLog | None = None,
+        link: Link | None = None,
     ) -> None:
         """`genesis` is the hash of the ledger's header; `keeps_rounds`: store received rounds to replay after a
         restart (a client of its own) instead of relying on the run's ledger (a simulated one). `checkpoint`: start
-        from this state instead of the base."""
+        from this state instead of the base. `log` holds the answers of clients that remember nothing; `link` may
+        know heads that other clients have computed."""
         self.name, self.replica, self.folder = name, replica, folder
         self.train, self.held_out, self._evaluate, self._progress = train, held_out, evaluate, progress
-        self._keeps_rounds = keeps_rounds
+        self._keeps_rounds, self._log, self._link = keeps_rounds, log, link or partial(head_after, replica.plan)
+        self._state = ClientState(folder)
         self.round, self.head = 0, genesis
         if checkpoint is not None:
             self.head = replica.load(checkpoint)
@@ -69,6 +77,8 @@ class Worker:
                 raise WireError(f"request: got kind {request.kind!r}, expected one of {', '.join(actions)}.")
             self._same_run(request)
             return actions[request.kind](request)
+        except DataError:
+            raise  # rows that cannot be read are not the round's fault: whoever owns them has to mend them
         except KilotuneError as error:
             return Reply(body={}, error=str(error))
 
@@ -88,8 +98,6 @@ class Worker:
             )
 
     def _hello(self, request: Request) -> Reply:
-        if self.round == 0 and not self._keeps_rounds:
-            self._stand_again(str(request.body["head"]))
         return Reply(body={"client": self.name, "version": __version__, **self._standing()})
 
     def _standing(self) -> dict[str, str | int]:
@@ -103,10 +111,10 @@ class Worker:
         self._catch_up(request, payloads)
         if not self.train:
             raise FederationError(f"client {self.name!r} has no training rows.")
-        kept = self._kept_reply(number)
-        if kept is None:
-            kept = self._compute(number, request, probabilities)
-        payload, facts = kept
+        answer = self._answered(number)
+        if answer is None:
+            answer = self._compute(number, request, probabilities)
+        payload, facts = answer
         body: dict[str, str | int | float | bool] = {
             **self._standing(),
             **facts,
@@ -129,33 +137,33 @@ class Worker:
 
     def _catch_up(self, request: Request, parts: list[bytes]) -> None:
         first = int(request.body.get("first", self.round + 1))
-        for number, part in enumerate(parts, start=first):
-            if number > self.round:
-                self._advance(number, part)
-                if self._keeps_rounds:
-                    write_bytes(self._round_path(number), part)
-        if self.head != request.body["head"]:
+        missed = [(number, part) for number, part in enumerate(parts, start=first) if number > self.round]
+        head = self.head
+        for expected, (number, part) in enumerate(missed, start=self.round + 1):
+            if number != expected:
+                raise WireError(f"client {self.name!r} holds round {self.round} and cannot go on with round {number}.")
+            head = self._link(number, head, part)
+        if head != request.body["head"]:
             raise WireError(
-                f"client {self.name!r} holds ledger head {self.head[:16]} after round {self.round}, "
+                f"client {self.name!r} comes to ledger head {head[:16]} after round {self.round + len(missed)}, "
                 f"the server {str(request.body['head'])[:16]}: their histories differ."
             )
+        if self._keeps_rounds:
+            for number, part in missed:
+                write_bytes(self._round_path(number), part)
+        self._follow(missed, head)
 
-    def _advance(self, number: int, part: bytes) -> None:
-        if number != self.round + 1:
-            raise WireError(f"client {self.name!r} holds round {self.round} and cannot go on with round {number}.")
-        members, payload = part[:MEMBERS_BYTES], part[MEMBERS_BYTES:]
-        head = link(self.head, number, self.replica.plan.root(number), members, payload)
-        if self.replica.round < number:
-            self.replica.apply(number, payload)
-        self.round, self.head = number, head
+    def _follow(self, parts: list[tuple[int, bytes]], head: str) -> None:
+        """Take these rounds; a replica that is shared may hold them already."""
+        known = self.replica.round
+        self.replica.replay((number, part[MEMBERS_BYTES:]) for number, part in parts if number > known)
+        self.round, self.head = self.round + len(parts), head
 
-    def _compute(
-        self, number: int, request: Request, probabilities: bytes | None
-    ) -> tuple[bytes, dict[str, str | int | float]]:
+    def _compute(self, number: int, request: Request, probabilities: bytes | None) -> Answer:
         if self.replica.round != number - 1:
             raise WireError(f"asked to train round {number}, but the model stands at round {self.replica.round}.")
         plan = self.replica.plan.for_group(int(request.body["group"]))
-        memory, codec_state = self._load_state(number)
+        memory, codec_state = self._state.before(number)
         context = self.replica.context(number)
         if probabilities is not None:
             self._set_probabilities(probabilities)
@@ -171,7 +179,7 @@ class Worker:
         finally:
             trainable.rollback()
         facts: dict[str, str | int | float] = {"loss_first": steps[0].loss, "loss": steps[-1].loss}
-        self._save_state(number, memory, codec_state, payload, facts)
+        self._remember(number, memory, codec_state, (payload, facts))
         return payload, facts
 
     def _steps(self, plan: Plan, number: int, memory: Memory, progress: float) -> list[StepReport]:
@@ -197,58 +205,39 @@ class Worker:
         size = self.replica.plan.num_directions
         self.replica.trainable.probabilities = unpack_probabilities(packed, size)  # type: ignore[attr-defined]
 
-    def _stand_again(self, head: str) -> None:
-        """A simulated client of a resumed run holds what it held before it was interrupted: the rounds up to the last
-        one it trained in that counts. A state at the server's head is of a round that was not committed."""
-        for number in reversed(self._saved_rounds()):
-            trained_at = read_tensors(self._state_path(number))[1]["head"]
-            if trained_at != head:
-                self.round, self.head = number - 1, trained_at
-                return
-
     # -- state on disk ----------------------------------------------------------------------------------------
 
     def _round_path(self, number: int) -> Path:
         return self.folder / "rounds" / f"{number:05d}.bin"
 
     def _replay_kept(self) -> None:
-        while self._round_path(self.round + 1).exists():
-            self._advance(self.round + 1, self._round_path(self.round + 1).read_bytes())
+        parts: list[tuple[int, bytes]] = []
+        head = self.head
+        while (path := self._round_path(self.round + len(parts) + 1)).exists():
+            number = self.round + len(parts) + 1
+            parts.append((number, path.read_bytes()))
+            head = self._link(number, head, parts[-1][1])
+        self._follow(parts, head)
 
-    def _state_path(self, number: int) -> Path:
-        return self.folder / f"state-{number:05d}.safetensors"
+    def _answered(self, number: int) -> Answer | None:
+        logged = self._log.answer(self.name, number, self.head) if self._log is not None else None
+        return logged or self._state.answer(number, self.head)
 
-    def _saved_rounds(self) -> list[int]:
-        return sorted(int(path.stem.split("-")[1]) for path in self.folder.glob("state-*.safetensors"))
-
-    def _kept_reply(self, number: int) -> tuple[bytes, dict[str, str | int | float]] | None:
-        if not self._state_path(number).exists():
-            return None
-        tensors, facts = read_tensors(self._state_path(number))
-        if facts.get("head") != self.head:
-            return None
-        numbers: dict[str, str | int | float] = {k: float(facts[k]) for k in ("loss_first", "loss")}
-        return tensors["reply"].numpy().tobytes(), numbers
-
-    def _load_state(self, number: int) -> tuple[Memory, State]:
-        earlier = [n for n in self._saved_rounds() if n < number]
-        if not earlier:
-            return Memory.empty(), {}
-        tensors, _ = read_tensors(self._state_path(earlier[-1]))
-        codec = {k.removeprefix("codec/"): v for k, v in tensors.items() if k.startswith("codec/")}
-        return Memory.from_tensors(tensors), codec
-
-    def _save_state(
-        self, number: int, memory: Memory, codec: State, payload: bytes, facts: dict[str, str | int | float]
-    ) -> None:
-        if not self.replica.plan.recipe.keep_optimizer:
+    def _remember(self, number: int, memory: Memory, codec: State, answer: Answer) -> None:
+        plan = self.replica.plan
+        if not plan.recipe.keep_optimizer:
             memory.optimizer.clear()
-        tensors = memory.tensors() | {f"codec/{k}": v for k, v in codec.items()}
-        tensors["reply"] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-        words = {k: repr(v) for k, v in facts.items()}
-        write_tensors(self._state_path(number), tensors, {"head": self.head, **words})
-        for old in [n for n in self._saved_rounds() if n < number][:-1]:
-            self._state_path(old).unlink()
+        carried = plan.uplink.carried(codec, plan.root(number + 1))
+        remembered = memory.tensors() | {f"codec/{k}": v for k, v in carried.items()}
+        if self._log is not None and not remembered and not self._state:
+            self._log.add(self.name, number, self.head, answer)
+        else:
+            self._state.save(number, self.head, remembered, answer)
+
+
+def head_after(plan: Plan, number: int, head: str, part: bytes) -> str:
+    """The ledger's head after a round of which this part was received."""
+    return link(head, number, plan.root(number), part[:MEMBERS_BYTES], part[MEMBERS_BYTES:])
 
 
 def pairs(steps: list[StepReport]) -> SeedUpdate:
@@ -263,7 +252,12 @@ def peak_rss() -> int:
     """Peak resident bytes of this process so far."""
     import resource
 
-    return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, psutil.Process().memory_info().rss)
+    return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, _process(os.getpid()).memory_info().rss)
+
+
+@cache
+def _process(pid: int) -> psutil.Process:
+    return psutil.Process(pid)
 
 
 def _require_finite(update: Update, name: str) -> None:

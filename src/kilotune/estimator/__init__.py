@@ -1,16 +1,20 @@
 """Estimator: how the gradient is got."""
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-from torch import Tensor
 
 from kilotune.core.method import Method
 from kilotune.core.trainable import Sink, Trainable
 from kilotune.core.types import State
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Estimate", "Estimator", "Objective", "Sink", "State", "Trainable"]
 

@@ -7,10 +7,16 @@ Memory: activations, plus one gradient tensor at a time. With several micro-batc
     accumulate by itself keeps one full gradient.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
-from torch import Tensor, nn
 
 from kilotune.estimator import Estimate, Estimator, Objective, Sink, State, Trainable
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 class Backprop(Estimator):

@@ -8,17 +8,33 @@ Departs: the stored weights are never perturbed (each layer's forward sees w + Î
 Memory: inference plus one scratch tensor.
 """
 
+from __future__ import annotations
+
 import math
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
-import torch
 from pydantic import Field
 
+from kilotune.core.lazy import no_grad, torch
+from kilotune.core.trainable import Direction
 from kilotune.estimator import Estimate, Estimator, Objective, Sink, State, Trainable
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SAFETY = 0.1  # of the largest stable rate 2/tr H this is one twentieth: slopes of single batches are noisy
 NUM_PROBES = 5
+
+
+@runtime_checkable
+class TwoSided(Protocol):
+    """A trainable that can look at both sides of a probe in one walk over its weights."""
+
+    def both(
+        self, direction: Direction, epsilon: float, parts: Sequence[Callable[[], Tensor]]
+    ) -> tuple[float, float]: ...
 
 
 class ZerothOrder(Estimator):
@@ -38,8 +54,7 @@ class ZerothOrder(Estimator):
         if step % self.probe_every == 0 and "measure" in state:
             self._measure(objective, trainable, rng, state)
         direction = trainable.draw(rng)
-        plus = self._loss(objective, trainable, direction, self.epsilon)
-        minus = self._loss(objective, trainable, direction, -self.epsilon)
+        plus, minus = self._both(objective, trainable, direction)
         state["step"] = torch.tensor(step + 1)
         slope = (plus - minus) / (2 * self.epsilon)
         if not math.isfinite(slope):
@@ -53,18 +68,24 @@ class ZerothOrder(Estimator):
         state.setdefault("measure", torch.tensor(1))
         return SAFETY / float(state["trace"]) if "trace" in state else None
 
-    @torch.no_grad()
-    def _loss(self, objective: Objective, trainable: Trainable, direction: object, epsilon: float) -> float:
-        with trainable.perturbed(direction, epsilon):  # type: ignore[arg-type]
-            return sum(float(part()) for part in objective.parts())
+    @no_grad
+    def _both(self, objective: Objective, trainable: Trainable, direction: Direction) -> tuple[float, float]:
+        parts = objective.parts()
+        if isinstance(trainable, TwoSided):
+            return trainable.both(direction, self.epsilon, parts)
+        losses = []
+        for epsilon in (self.epsilon, -self.epsilon):
+            with trainable.perturbed(direction, epsilon):
+                losses.append(sum(float(part()) for part in parts))
+        return losses[0], losses[1]
 
     def _measure(self, objective: Objective, trainable: Trainable, rng: np.random.Generator, state: State) -> None:
-        here = self._loss(objective, trainable, None, 0.0)
+        with torch.no_grad(), trainable.perturbed(None, 0.0):
+            here = sum(float(part()) for part in objective.parts())
         traces, slopes = [], []
         for _ in range(NUM_PROBES):
             direction = trainable.draw(rng)
-            plus = self._loss(objective, trainable, direction, self.epsilon)
-            minus = self._loss(objective, trainable, direction, -self.epsilon)
+            plus, minus = self._both(objective, trainable, direction)
             traces.append((plus + minus - 2 * here) / self.epsilon**2)
             slopes.append((plus - minus) / (2 * self.epsilon))
         # A loss that is locally flat or concave gives a tiny or negative trace; the squared slope bounds it below,

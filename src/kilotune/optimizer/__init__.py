@@ -1,13 +1,17 @@
 """Optimizer: one tensor at a time, so that a gradient can be used and freed before the next exists."""
 
+from __future__ import annotations
+
 from abc import abstractmethod
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
-from torch import Tensor
 
 from kilotune.core.method import Method
 from kilotune.core.types import State
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Optimizer", "State"]
 

@@ -7,11 +7,17 @@ Memory: 8 bytes per number and 8 for the step count (16 and 8 for float64 parame
 size, which is the returned change.
 """
 
-import torch
-from pydantic import Field, field_validator
-from torch import Tensor
+from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from pydantic import Field, field_validator
+
+from kilotune.core.lazy import no_grad, torch
 from kilotune.optimizer import Optimizer, State
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class AdamW(Optimizer):
@@ -34,7 +40,7 @@ class AdamW(Optimizer):
         zeros = [torch.zeros_like(param, dtype=dtype, requires_grad=False) for _ in range(2)]
         return {"m": zeros[0], "v": zeros[1], "step": torch.zeros((), dtype=torch.int64)}
 
-    @torch.no_grad()
+    @no_grad
     def update(self, gradient: Tensor, state: State, param: Tensor, lr: float) -> Tensor:
         """Reads nothing but its arguments; mutates only the state."""
         m, v, step = state["m"], state["v"], state["step"].add_(1)

@@ -6,11 +6,17 @@ Memory: nothing without momentum, else 4 bytes per number (8 for float64 paramet
 size, which is the returned change.
 """
 
-import torch
-from pydantic import Field
-from torch import Tensor
+from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from kilotune.core.lazy import no_grad, torch
 from kilotune.optimizer import Optimizer, State
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def working_dtype(param: Tensor) -> torch.dtype:
@@ -30,7 +36,7 @@ class SGD(Optimizer):
             return {}
         return {"momentum": torch.zeros_like(param, dtype=working_dtype(param), requires_grad=False)}
 
-    @torch.no_grad()
+    @no_grad
     def update(self, gradient: Tensor, state: State, param: Tensor, lr: float) -> Tensor:
         """Reads nothing but its arguments; mutates only the state."""
         dtype = working_dtype(param)

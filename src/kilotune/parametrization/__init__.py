@@ -1,12 +1,15 @@
 """Parametrization: what may change. A method attaches to a model and returns its live Trainable."""
 
-from abc import abstractmethod
-from typing import ClassVar
+from __future__ import annotations
 
-from torch import nn
+from abc import abstractmethod
+from typing import TYPE_CHECKING, ClassVar
 
 from kilotune.core.method import Method
 from kilotune.core.trainable import Direction, Directions, Sink, Trainable
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = ["Direction", "Directions", "Parametrization", "Sink", "Trainable"]
 
@@ -15,6 +18,7 @@ class Parametrization(Method):
     """Contract. The output is unchanged at attachment; rollback restores every bit; merged = attached."""
 
     uses_basis: ClassVar[bool] = False
+    writes_base: ClassVar[bool] = True  # False: all changes are in tensors of its own, the base can stay in its file
 
     @abstractmethod
     def attach(self, model: nn.Module, *, basis: Directions | None, seed: int) -> Trainable:

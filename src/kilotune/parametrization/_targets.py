@@ -1,11 +1,15 @@
 """Which tensors a parametrization covers: `all`, or patterns that match parts of tensor names."""
 
-from fnmatch import fnmatchcase
+from __future__ import annotations
 
-from torch import nn
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 from kilotune.core.errors import RecipeError
 from kilotune.core.registry import nearest
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def select(names: list[str], targets: str | tuple[str, ...]) -> list[str]:

@@ -5,14 +5,18 @@ Source: the plain method every other one is compared with; federated as in McMah
 Memory: one more copy of the trained weights while a federated round runs (rollback and difference).
 """
 
-from typing import Literal
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
-from torch import nn
 
 from kilotune.parametrization import Directions, Parametrization, Trainable
 from kilotune.parametrization._direct import DirectTrainable
 from kilotune.parametrization._targets import parameters
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class Full(Parametrization):

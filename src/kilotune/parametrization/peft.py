@@ -4,21 +4,27 @@ Source: the peft library's registry; for the default, Hu et al., "LoRA: Low-Rank
     Models", arXiv 2106.09685, sec. 4.1.
 """
 
-from typing import Any
+from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING, Any, ClassVar
+
 from pydantic import Field
-from torch import nn
 
 from kilotune.core.errors import RecipeError
+from kilotune.core.lazy import torch
 from kilotune.core.registry import nearest
 from kilotune.parametrization import Directions, Parametrization, Trainable
 from kilotune.parametrization._direct import DirectTrainable
+
+if TYPE_CHECKING:
+    from torch import nn
 
 ADAPTER = "default"
 
 
 class Peft(Parametrization):
+    writes_base: ClassVar[bool] = False
+
     method: str = Field("lora", description="name of a peft method: lora, ia3, vera, oft, ...")
     config: dict[str, Any] = Field(
         default_factory=lambda: {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
