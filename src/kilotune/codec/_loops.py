@@ -22,7 +22,7 @@ def dequantize(numbers: np.ndarray, steps: np.ndarray, block: int, limit: int, o
             product = number * step
             wrong += (0 if abs(number) <= limit else 1) + (0 if abs(product) <= LARGEST else 1)
             out[first + i] = product
-    return wrong == 0
+    return bool(wrong == 0)
 
 
 @cache
