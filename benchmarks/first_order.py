@@ -102,6 +102,7 @@ def compare(
                 SPEED,
                 "higher",
                 spread,
+                headline=peer == "trainer",
             )
         )
         mine, its = ours["peak_rss_bytes"], result["peak_rss_bytes"]
@@ -113,6 +114,7 @@ def compare(
                 mine / its,
                 MEMORY,
                 "lower",
+                headline=peer == "trainer",
             )
         )
     pairs = zip(ours["losses"], theirs["trainer"]["losses"], strict=True)

@@ -53,7 +53,9 @@ def rows_of(recipe: str, predicted: dict[str, Any], summary: dict[str, Any], sec
         form = ",.0f" if name == "B" else ".2f"
         said, was = f"{ours / unit:{form}} {name}", f"{real / unit:{form}} {name} measured"
         found.append(
-            Measurement(f"{recipe}: {what}", said, was, abs(ours / real - 1), target, "lower", "predicted first")
+            Measurement(
+                f"plan of {recipe}, {what}: off by", said, was, abs(ours / real - 1), target, "lower", headline=True
+            )
         )
     return found
 

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -126,7 +127,7 @@ def tiled_rows(weights: Weights, out: Weights) -> Rows:
     a_round = float(walk.ours.split()[0]) / ROUNDS
     gradient = lambda: [basis.project(value, name, 7) for name, value in weights.items()]  # noqa: E731
     return [
-        compared(f"{seeds}, in place", "memcpy", lambda: replay(weights), memcpy, 3),
+        replace(compared(f"{seeds}, in place", "memcpy", lambda: replay(weights), memcpy, 3), headline=True),
         compared(f"{seeds}, into a second buffer", "memcpy", lambda: replay(out), memcpy, 3),
         walk,
         Measurement(
@@ -158,6 +159,7 @@ def regenerated_row(weights: Weights, ours_s: float, directions: int = 8) -> Mea
         1000,
         "higher",
         f"{directions} directions, {min(taken):.3g}-{max(taken):.3g} s each",
+        headline=True,
     )
 
 

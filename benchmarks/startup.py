@@ -116,7 +116,7 @@ def commands(folder: Path) -> dict[str, list[str]]:
 
 def row(what: str, taken: list[float], target: float, beside: str) -> Measurement:
     spread = f"{len(taken)} runs, {min(taken):.2f}-{max(taken):.2f} s"
-    return Measurement(what, f"{median(taken):.2f} s", beside, median(taken), target, "lower", spread)
+    return Measurement(what, f"{median(taken):.2f} s", beside, median(taken), target, "lower", spread, headline=True)
 
 
 def main() -> None:

@@ -157,6 +157,7 @@ def row(
 def profile(setting: Setting, path: Path) -> str:
     """Where a step's time beyond its products goes: making the changed weights."""
     objective = setting.objective(path, 8)
+    setting.step(objective)
     trainable: Any = setting.trainable
     spent, calls, fill = 0.0, 0, trainable._fill
 

@@ -1,20 +1,14 @@
-"""Memory: what is free for this process, refusing a model that will not fit before a byte of it is loaded, and an
-allocator that gives large blocks back.
-"""
+"""Memory: what is free for this process, and refusing a model that will not fit before a byte of it is loaded."""
 
-import contextlib
-import ctypes
 from pathlib import Path
 
 import psutil
 
 from kilotune.core.errors import ModelError
 
-__all__ = ["check_memory", "free_bytes", "give_back_blocks"]
+__all__ = ["check_memory", "free_bytes"]
 
 HEADROOM = 1.05  # tokenizer, buffers and the first activations
-M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-LARGE_BLOCK = 1 << 18
 CGROUPS = (  # (limit, usage, statistics) of a container, version 2 and version 1
     ("memory.max", "memory.current", "memory.stat"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
@@ -40,17 +34,6 @@ def check_memory(name: str, needed: int, limit_bytes: int | None = None) -> None
             f"base {name!r} needs {needed / 1e9:.1f} GB in float32, {free / 1e9:.1f} GB are free. "
             "Use a smaller base or free memory."
         )
-
-
-def give_back_blocks() -> None:
-    """Let every block of 256 KiB or more be a mapping of its own, which returns to the system when it is freed.
-
-    glibc would raise that limit to 32 MiB by itself and serve tensors from its heap, where aligned blocks do not fit
-    into the holes that equal ones have left: twice the memory of the activations (docs/log.md). Other C libraries
-    have no such call and are left alone.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
 
 
 def _number(path: Path) -> int | None:

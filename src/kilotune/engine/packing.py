@@ -52,7 +52,7 @@ def cut(examples: Sequence[Example], max_tokens: int, packed: bool) -> list[list
 
     Not packed: every row is a pack of its own, like lengths together.
     """
-    packs = _packs(examples) if packed else [alone(examples, row) for row in range(len(examples))]
+    packs = _packs(examples, max_tokens) if packed else [alone(examples, row) for row in range(len(examples))]
     packs.sort(key=lambda pack: (-pack.length, pack.rows[0]))
     groups: list[list[Pack]] = []
     for pack in packs:
@@ -68,20 +68,25 @@ def alone(examples: Sequence[Example], row: int) -> Pack:
     return Pack([row], [0], len(examples[row].input_ids))
 
 
-def _packs(examples: Sequence[Example]) -> list[Pack]:
-    """Rows in lexicographic order, so that neighbours share most; each joins the open pack when that is cheaper."""
+def _packs(examples: Sequence[Example], max_tokens: int) -> list[Pack]:
+    """Rows in lexicographic order, so that neighbours share most; each joins the open pack if it fits and is cheaper."""
     packs: list[Pack] = []
     previous: Example | None = None
     for row in sorted(range(len(examples)), key=lambda i: examples[i].input_ids.tolist()):
         example = examples[row]
         length = len(example.input_ids)
         shared = 0 if previous is None else _common(previous, example)
-        if not packs or _cost(packs[-1].length + length - shared) - _cost(packs[-1].length) > LONELY * _cost(length):
+        if not packs or not _joins(packs[-1].length, length - shared, length, max_tokens):
             packs.append(Pack())
             shared = 0
         packs[-1].add(row, shared, length)
         previous = example
     return packs
+
+
+def _joins(packed: int, new: int, alone: int, max_tokens: int) -> bool:
+    """Whether a row joins a pack to which it adds `new` tokens, instead of being `alone` tokens by itself."""
+    return packed + new <= max_tokens and _cost(packed + new) - _cost(packed) <= LONELY * _cost(alone)
 
 
 def _cost(length: int) -> float:

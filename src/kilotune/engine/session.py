@@ -22,7 +22,6 @@ from kilotune.engine.export import export_peft
 from kilotune.engine.federation import Federation
 from kilotune.engine.flower.local import LocalExchange
 from kilotune.engine.ledger import Header, Ledger
-from kilotune.engine.memory import give_back_blocks
 from kilotune.engine.models import Base, load_base
 from kilotune.engine.replica import Replica
 from kilotune.engine.runfolder import RunFolder
@@ -38,7 +37,6 @@ Emit = Callable[[dict[str, Any]], None]
 
 def open_base(plan: Plan, emit: Emit) -> Base:
     """The recipe's base model to train: mapped from its file where no weight of it is ever written."""
-    give_back_blocks()
     torch.set_num_threads(plan.recipe.threads or torch.get_num_threads())
     emit({"event": "status", "text": f"loading base {plan.recipe.base}"})
     return load_base(plan.recipe.base, writable=plan.parametrization.writes_base)
