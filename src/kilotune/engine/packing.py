@@ -69,7 +69,7 @@ def alone(examples: Sequence[Example], row: int) -> Pack:
 
 
 def _packs(examples: Sequence[Example], max_tokens: int) -> list[Pack]:
-    """Rows in lexicographic order, so that neighbours share most; each joins the open pack if it fits and is cheaper."""
+    """Rows in lexicographic order, so that neighbours share most; each joins the open pack if that is cheaper."""
     packs: list[Pack] = []
     previous: Example | None = None
     for row in sorted(range(len(examples)), key=lambda i: examples[i].input_ids.tolist()):
