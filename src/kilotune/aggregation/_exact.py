@@ -11,6 +11,8 @@ from functools import cache
 
 import numpy as np
 
+from kilotune.core.machine_code import machine_code
+
 SLICE = 2**16  # numbers worked on at once: they stay in cache
 Add = Callable[[np.ndarray, np.ndarray, float, np.ndarray], bool]
 
@@ -60,10 +62,5 @@ def add_exactly(total: np.ndarray, values: np.ndarray, weight: float, rest: np.n
 
 @cache
 def compiled() -> Add:
-    """`add_exactly` as machine code, cached on disk where some folder is writable."""
-    from numba import njit  # half a second to import
-
-    try:
-        return njit(cache=True, nogil=True)(add_exactly)
-    except RuntimeError:  # neither the package's folder nor the user's cache folder can be written
-        return njit(nogil=True)(add_exactly)
+    """`add_exactly` as machine code."""
+    return machine_code(add_exactly)

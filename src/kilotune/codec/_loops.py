@@ -5,6 +5,8 @@ from functools import cache
 
 import numpy as np
 
+from kilotune.core.machine_code import machine_code
+
 LARGEST = float(np.finfo(np.float32).max)
 Dequantize = Callable[[np.ndarray, np.ndarray, int, int, np.ndarray], bool]
 
@@ -27,11 +29,5 @@ def dequantize(numbers: np.ndarray, steps: np.ndarray, block: int, limit: int, o
 
 @cache
 def compiled() -> Dequantize:
-    """`dequantize` as machine code, cached on disk where some folder is writable."""
-    from numba import njit  # half a second to import
-
-    options = {"nogil": True, "error_model": "numpy"}
-    try:
-        return njit(cache=True, **options)(dequantize)
-    except RuntimeError:  # neither the package's folder nor the user's cache folder can be written
-        return njit(**options)(dequantize)
+    """`dequantize` as machine code."""
+    return machine_code(dequantize, error_model="numpy")

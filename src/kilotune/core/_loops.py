@@ -6,13 +6,12 @@ so that they become vector instructions.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import numpy as np
-from numba import njit
 
 from kilotune.core import _spec as spec
+from kilotune.core.machine_code import machine_code
 
 BLOCK = 2048  # elements of noise generated at a time; no result depends on it
 
@@ -24,13 +23,7 @@ _TOP = np.uint32(0x80000000)
 _INDEX = (1 << 62) - 1  # tells the compiler that an index is not negative, without which loops stay scalar
 
 
-def _jit(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile at first call, free of the interpreter lock, cached on disk where some folder is writable."""
-    options: dict[str, Any] = {"nogil": True, "fastmath": False, "error_model": "numpy"}
-    try:
-        return njit(cache=True, **options)(function)
-    except RuntimeError:  # neither the package's folder nor the user's cache folder can be written
-        return njit(**options)(function)
+_jit = partial(machine_code, fastmath=False, error_model="numpy")
 
 
 # ---- noise ----------------------------------------------------------------------------------------
