@@ -5,7 +5,7 @@ import torch
 from kilotune.basis.tiled import Tiled
 from kilotune.core.noise import noise
 from kilotune.core.rng import stream
-from kilotune.core.trainable import Direction
+from kilotune.core.trainable import Direction, Trainable
 from kilotune.engine.step import BatchObjective
 from kilotune.estimator.zeroth_order import ZerothOrder
 from kilotune.parametrization.full import Full
@@ -14,7 +14,9 @@ from tiny import tiny_batch, tiny_llama
 
 
 class OneSided:
-    """A trainable that offers `perturbed` alone."""
+    """A trainable with `perturbed` alone, which looks at both sides as the contract does by default."""
+
+    both = Trainable.both
 
     def __init__(self, inner) -> None:
         self.draw, self.perturbed, self.slope = inner.draw, inner.perturbed, inner.slope

@@ -100,6 +100,14 @@ class Trainable(ABC):
     def perturbed(self, direction: Direction | None, epsilon: float) -> AbstractContextManager[None]:
         """Inside, forward passes see the state moved by epsilon along the direction; stored weights do not change."""
 
+    def both(self, direction: Direction, epsilon: float, parts: Sequence[Callable[[], Tensor]]) -> tuple[float, float]:
+        """The sums of the parts at +epsilon and at -epsilon; a method may take both in one walk over its weights."""
+        losses = []
+        for side in (epsilon, -epsilon):
+            with self.perturbed(direction, side):
+                losses.append(sum(float(part()) for part in parts))
+        return losses[0], losses[1]
+
     @abstractmethod
     def slope(self, direction: Direction, slope: float, sink: Sink) -> None:
         """Push slope · z, the gradient estimate along one direction."""

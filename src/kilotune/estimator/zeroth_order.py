@@ -11,8 +11,7 @@ Memory: inference plus one scratch tensor.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
+from typing import ClassVar
 
 import numpy as np
 from pydantic import Field
@@ -21,20 +20,8 @@ from kilotune.core.lazy import no_grad, torch
 from kilotune.core.trainable import Direction
 from kilotune.estimator import Estimate, Estimator, Objective, Sink, State, Trainable
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 SAFETY = 0.1  # of the largest stable rate 2/tr H this is one twentieth: slopes of single batches are noisy
 NUM_PROBES = 5
-
-
-@runtime_checkable
-class TwoSided(Protocol):
-    """A trainable that can look at both sides of a probe in one walk over its weights."""
-
-    def both(
-        self, direction: Direction, epsilon: float, parts: Sequence[Callable[[], Tensor]]
-    ) -> tuple[float, float]: ...
 
 
 class ZerothOrder(Estimator):
@@ -70,14 +57,7 @@ class ZerothOrder(Estimator):
 
     @no_grad
     def _both(self, objective: Objective, trainable: Trainable, direction: Direction) -> tuple[float, float]:
-        parts = objective.parts()
-        if isinstance(trainable, TwoSided):
-            return trainable.both(direction, self.epsilon, parts)
-        losses = []
-        for epsilon in (self.epsilon, -self.epsilon):
-            with trainable.perturbed(direction, epsilon):
-                losses.append(sum(float(part()) for part in parts))
-        return losses[0], losses[1]
+        return trainable.both(direction, self.epsilon, objective.parts())
 
     def _measure(self, objective: Objective, trainable: Trainable, rng: np.random.Generator, state: State) -> None:
         with torch.no_grad(), trainable.perturbed(None, 0.0):
