@@ -69,6 +69,17 @@ def write_table(path: Path, title: str, columns: list[str], rows: list[list[str]
     print("\n".join(lines))
 
 
+PATIENCE_S = 900
+
+
+def alone(script: str, part: str, *words: object) -> dict[str, Any]:
+    """A script's `--part` in a process of its own; the JSON it prints last."""
+    command = [sys.executable, str(Path(script).resolve()), "--part", part, *map(str, words)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=PATIENCE_S)
+    content: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return content
+
+
 # -- ours against a baseline ------------------------------------------------------------------------------------------
 
 

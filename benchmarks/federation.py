@@ -18,14 +18,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import Measurement, write_measurements
+from common import PATIENCE_S, Measurement, alone, write_measurements
 
 KILOTUNE = [sys.executable, "-m", "kilotune"]
 WORDS = ("on", "off", "up", "down", "hot", "cold", "red", "blue")
 ROWS = 4  # per client
 M = 4096
 VECTORS = 10_000
-PATIENCE_S = 900
 TINY = ["data.max_length=64", "data.system=", "batch_size=2", "local_steps=1", f"basis.size={M}"]
 TINY += ["evaluation.generate=false", "evaluation.limit=8", "threads=1"]
 REAL = ["base=smollm2-135m", "data.max_length=64", "batch_size=2", "local_steps=1"]
@@ -62,7 +61,7 @@ def simulated(folder: Path, notes: list[str]) -> list[Measurement]:
     """10 to 10,000 clients in one process."""
     found = {}
     for clients, per_round, rounds in ((10, 10, 20), (100, 100, 5), (1_000, 100, 5), (10_000, 100, 20)):
-        found[clients] = alone("simulate", folder, clients, per_round, rounds)
+        found[clients] = alone(__file__, "simulate", folder, clients, per_round, rounds)
         notes.append(
             f"{clients:,} clients, {per_round} x {rounds} client-rounds: {found[clients]['wall_s']:.1f} s in all, "
             f"{found[clients]['overhead_ms']:.1f} ms beyond the {found[clients]['step_ms']:.1f} ms of a step, peak "
@@ -129,7 +128,7 @@ def deployed(folder: Path, notes: list[str]) -> list[Measurement]:
 
 def aggregation(folder: Path, notes: list[str]) -> list[Measurement]:
     """Decode and mean of 10,000 int8 payloads of 4,096 coefficients."""
-    found = alone("aggregate")
+    found = alone(__file__, "aggregate")
     notes.append(
         f"Aggregation: decode {found['decode_us']:.0f} µs and addition {found['add_us']:.0f} µs a vector; the sums "
         f"take {found['sum_bytes'] / 1024:.0f} KiB whatever the number of vectors. The plain way holds "
@@ -150,7 +149,7 @@ def aggregation(folder: Path, notes: list[str]) -> list[Measurement]:
 
 def real_crowd(folder: Path, notes: list[str]) -> list[Measurement]:
     """200 clients that share one resident SmolLM2-135M."""
-    found = alone("crowd", folder)
+    found = alone(__file__, "crowd", folder)
     beyond = (found["peak"] - found["base_bytes"]) / 1e9
     return [
         Measurement(
@@ -166,14 +165,6 @@ def real_crowd(folder: Path, notes: list[str]) -> list[Measurement]:
 
 
 PARTS = {"simulated": simulated, "deployed": deployed, "aggregation": aggregation, "real_crowd": real_crowd}
-
-
-def alone(part: str, *words: object) -> dict[str, Any]:
-    """This script's part in a process of its own."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--part", part, *map(str, words)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=PATIENCE_S)
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
 
 
 # -- processes of their own -----------------------------------------------------------------------------------------

@@ -12,8 +12,6 @@ import math
 import os
 import re
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from common import Measurement, write_measurements
+from common import Measurement, alone, write_measurements
 
 # hidden width, layers: Llamas with a feed-forward of 8/3 widths and a vocabulary of 2,048
 SIZES = {"1M": (96, 7), "4M": (192, 8), "16M": (320, 12), "64M": (576, 15), "135M": (768, 18), "500M": (1280, 25)}
@@ -36,7 +34,6 @@ LENGTHS = [64, 128, 256, 512, 1024]
 PAPER = {"7B": 7e9, "70B": 70e9}
 LOCAL_STEPS = 5
 TOLERANCE = 0.1  # an exponent is kept when it is at most this much above the promise
-PATIENCE_S = 900
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,7 @@ def told(curve: Curve) -> str:
 
 def model_size(notes: list[str]) -> list[Curve]:
     """Same tokens, models of 1 to 500 million weights."""
-    found = [alone("step", size, 4096, ROWS, LENGTH) for size in SIZES]
+    found = [alone(__file__, "step", size, 4096, ROWS, LENGTH) for size in SIZES]
     xs = [f["weights"] for f in found]
     small = (
         "small models pay a fixed time per layer and call, so the line is flatter than its upper end; between the "
@@ -134,7 +131,7 @@ FLOOR = (
 
 def basis_size(notes: list[str]) -> list[Curve]:
     """The 16M model with 2^8 to 2^18 coefficients."""
-    found = [alone("step", "16M", size, ROWS, LENGTH) for size in BASIS]
+    found = [alone(__file__, "step", "16M", size, ROWS, LENGTH) for size in BASIS]
     xs = [float(size) for size in BASIS]
     return [
         Curve("step by backpropagation, time by M", "s", 0, xs, [f["step_s"] for f in found]),
@@ -146,7 +143,7 @@ def basis_size(notes: list[str]) -> list[Curve]:
 
 def seeds(notes: list[str]) -> list[Curve]:
     """64 to 65,536 pairs of direction and scalar over the 16M model."""
-    found = [alone("pairs", count) for count in SEEDS]
+    found = [alone(__file__, "pairs", count) for count in SEEDS]
     xs = [float(count) for count in SEEDS]
     flat = "the Walsh-Hadamard transform and the pass over the weights do not see how many pairs there were."
     return [
@@ -163,12 +160,12 @@ CALLS = "fixed costs of a call weigh on the few small points; between the larges
 def clients(notes: list[str]) -> list[Curve]:
     """10 to 10,000 clients: what a server adds up, and what a simulation of 20 client-rounds holds."""
     xs = [float(count) for count in CLIENTS]
-    added = [alone("add", count) for count in CLIENTS]
+    added = [alone(__file__, "add", count) for count in CLIENTS]
     with tempfile.TemporaryDirectory() as folder:
         from federation import save_tiny
 
         save_tiny(Path(folder) / "base")
-        runs = [alone("simulate", folder, count) for count in CLIENTS]
+        runs = [alone(__file__, "simulate", folder, count) for count in CLIENTS]
     per_client = "a run of ten clients is loading the model and little else; hello and rows count from a thousand on."
     return [
         Curve("aggregation, time by clients", "s", 1, xs, [f["seconds"] for f in added]),
@@ -180,7 +177,7 @@ def clients(notes: list[str]) -> list[Curve]:
 
 def sequence(notes: list[str]) -> list[Curve]:
     """Rows of 64 to 1,024 tokens through the 16M model."""
-    found = [alone("step", "16M", 4096, 1, length) for length in LENGTHS]
+    found = [alone(__file__, "step", "16M", 4096, 1, length) for length in LENGTHS]
     xs = [float(length) for length in LENGTHS]
     fixed = "the update of the weights (M numbers and a pass over the weights) costs the same for any sequence."
     return [
@@ -233,14 +230,6 @@ def on_paper(found: list[dict[str, float]]) -> list[str]:
             f"(fit {replay[1]:.3g} s); {last['up_bytes']:,.0f} bytes up and {last['down_bytes']:,.0f} down at any size."
         ]
     return lines
-
-
-def alone(part: str, *words: object) -> dict[str, float]:
-    """This script's part in a process of its own."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--part", part, *map(str, words)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=PATIENCE_S)
-    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return result
 
 
 # -- processes of their own -----------------------------------------------------------------------------------------

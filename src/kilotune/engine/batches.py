@@ -1,7 +1,7 @@
 """Batches: which examples make up step t, a function of (number, seed, t) and nothing else; their layout in memory."""
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import nn
 from kilotune.core.rng import stream
 from kilotune.core.types import Batch
 from kilotune.engine.loss import label_losses, splits
-from kilotune.engine.packing import Pack, alone, cut
+from kilotune.engine.packing import Pack, alone, cut, sees_whole_rows
 from kilotune.engine.recipe import Recipe
 from kilotune.engine.tokenize import IGNORE, Example
 
@@ -110,15 +110,9 @@ def can_pack(model: nn.Module) -> bool:
     like show in the comparison. Sliding windows would not on short rows, so those models are never packed.
     """
     if model not in _CAN:
-        _CAN[model] = splits(model) and not _has_window(model) and _same_losses(model)
+        setting = partial(getattr, getattr(model, "config", None))
+        _CAN[model] = splits(model) and sees_whole_rows(setting) and _same_losses(model)
     return _CAN[model]
-
-
-def _has_window(model: nn.Module) -> bool:
-    config = getattr(model, "config", None)
-    layers = getattr(config, "layer_types", None) or ()
-    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    return bool(windowed) or any(kind != "full_attention" for kind in layers)
 
 
 def _same_losses(model: nn.Module) -> bool:

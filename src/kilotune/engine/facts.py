@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kilotune.core.errors import ModelError
+from kilotune.engine.packing import sees_whole_rows
 from kilotune.engine.sources import check_config, tensor_places
 
 __all__ = ["Facts", "read_facts"]
@@ -54,8 +55,6 @@ def read_facts(name: str, folder: Path) -> Facts:
     inner = _find(config, "inner") or 4 * sizes["hidden"]
     head_dim = config.get("head_dim") or sizes["hidden"] // sizes["heads"]
     key_heads = _find(config, "key_heads") or sizes["heads"]
-    windowed = config.get("sliding_window") and config.get("use_sliding_window", True)
-    whole = not windowed and all(kind == "full_attention" for kind in config.get("layer_types") or ())
     return Facts(
         shapes,
         sizes["layers"],
@@ -63,7 +62,7 @@ def read_facts(name: str, folder: Path) -> Facts:
         inner,
         sizes["vocabulary"],
         cache=2 * sizes["layers"] * key_heads * head_dim,
-        packs=bool(whole),
+        packs=sees_whole_rows(config.get),
     )
 
 

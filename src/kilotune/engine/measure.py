@@ -13,7 +13,7 @@ from kilotune.engine.models import weights_digest
 from kilotune.engine.runfolder import RECIPE
 from kilotune.engine.seedfile import is_seed_file
 from kilotune.engine.seedfile import read as read_seed_file
-from kilotune.engine.session import spread
+from kilotune.engine.shares import spread
 from kilotune.engine.tokenize import encode, stop_ids
 from kilotune.engine.tuned import Tuned, from_ledger, open_tuned, require_adapter
 

@@ -9,14 +9,15 @@ Source: the tree attention of Miao et al., "SpecInfer: Accelerating Generative L
     Tree-based Speculative Inference and Verification", arXiv 2305.09781, sec. 4.2, here for training.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from kilotune.engine.tokenize import IGNORE, Example
 
-__all__ = ["Pack", "alone", "cut"]
+__all__ = ["Pack", "alone", "cut", "sees_whole_rows"]
 
 # Attention over a pack is quadratic in its length. Cost of a pack of n tokens in units of one token's matrix products:
 # n + n²/PAIRS; for a Llama layer of width h that is about 3h (h = 576 here, wider models gain from longer packs).
@@ -100,3 +101,9 @@ def _common(a: Example, b: Example) -> int:
     labelled = np.flatnonzero(b.labels[1:] != IGNORE)  # position t predicts token t + 1
     first = int(labelled[0]) if len(labelled) else len(b.input_ids) - 1
     return min(int(differ[0]) if len(differ) else length, first)
+
+
+def sees_whole_rows(setting: Callable[[str, Any], Any]) -> bool:
+    """Whether every layer of a model attends to all of a row; `setting(key, default)` looks into its config."""
+    windowed = setting("sliding_window", None) and setting("use_sliding_window", True)
+    return not windowed and all(kind == "full_attention" for kind in setting("layer_types", None) or ())

@@ -26,7 +26,6 @@ from kilotune.engine.models import Base, load_base
 from kilotune.engine.replica import Replica
 from kilotune.engine.runfolder import RunFolder
 from kilotune.engine.shares import ALONE, Rows, split_rows
-from kilotune.engine.shares import spread as spread
 from kilotune.engine.simulation import PackedRows, Simulation
 from kilotune.engine.tokenize import Example, encode, stop_ids
 from kilotune.engine.tune import Trainer
