@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from kilotune.core.errors import RecipeError
+from kilotune.engine.fused import fuse
 from kilotune.engine.recipe import Recipe
 
 __all__ = ["Compute", "faster_precision"]
@@ -36,6 +37,7 @@ class Compute:
     @contextmanager
     def around(self, model: nn.Module) -> Iterator[None]:
         """Forward passes inside run this way; the backward pass may run outside."""
+        fuse(model)
         precision = torch.autocast("cpu", torch.bfloat16) if self.bfloat16 else nullcontext()
         with precision, _checkpointed(model) if self.checkpointing else nullcontext():
             yield
