@@ -145,7 +145,10 @@ def seeds(notes: list[str]) -> list[Curve]:
     """64 to 65,536 pairs of direction and scalar over the 16M model."""
     found = [alone(__file__, "pairs", count) for count in SEEDS]
     xs = [float(count) for count in SEEDS]
-    flat = "the Walsh-Hadamard transform and the pass over the weights do not see how many pairs there were."
+    flat = (
+        "the Walsh-Hadamard transform and the pass over the weights do not see how many pairs there were; sorting and "
+        "summing the pairs by direction does, and shows in the largest number alone."
+    )
     return [
         Curve("tiled, replay of pairs, time by pairs", "s", 0, xs, [f["tiled_s"] for f in found], flat),
         Curve("seeds basis, replay, time by pairs", "s", 1, xs[:3], [f["seeds_s"] for f in found[:3]]),

@@ -4,6 +4,10 @@ import json
 from pathlib import Path
 
 from kilotune.engine.compose import Plan, build, override, read
+from kilotune.engine.models import load_base
+from kilotune.engine.replica import Replica
+from kilotune.engine.session import encode_rows, evaluator, header, split_rows
+from kilotune.engine.worker import Worker
 
 CLIENTS = ("ada", "bob", "cyd")
 WORDS = ("on", "off", "up", "down", "hot", "cold")
@@ -39,6 +43,10 @@ def content(base: Path, data: Path, recipe: str = "kilotune", *assignments: str)
     raw = read(recipe)
     if "basis" in raw:
         small.append("basis.size=64")
+    if "sharding" in raw:
+        small.append("sharding.slices=2")  # the tiny model has two layers
+    if "partition" in raw:
+        small.append("partition=null")  # the rows' own three clients
     if "rounds" in raw:
         small += ["rounds=2", "local_steps=2"]
     else:
@@ -53,3 +61,23 @@ def plan(base: Path, data: Path, recipe: str = "kilotune", *assignments: str) ->
 
 def quiet(event: dict) -> None:
     """An `emit` for runs nobody watches."""
+
+
+def independent(name: str, recipe: Plan, base: Path, folder: Path, checkpoint: Path | None = None) -> Worker:
+    """A client as a process of its own would be: own base, own replica, keeps what it receives."""
+    loaded = load_base(str(base), writable=True)
+    rows = split_rows(recipe, alone=False).clients[name]
+    replica = Replica(loaded, recipe)
+    examples = encode_rows(recipe, loaded, rows, name, quiet)
+    genesis = header(recipe, loaded).hash
+    return Worker(
+        name,
+        replica,
+        genesis,
+        examples,
+        [],
+        evaluator(recipe, quiet),
+        folder / name,
+        keeps_rounds=True,
+        checkpoint=checkpoint,
+    )

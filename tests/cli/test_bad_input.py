@@ -501,7 +501,7 @@ def test_keys_and_join_files_are_checked_first(settings, data, tmp_path):
     refused(kilotune("client", tmp_path / "x.join", *client), 1, "x.join: cannot read the join file")
     (tmp_path / "x.join").write_text("not mine")
     refused(kilotune("client", tmp_path / "x.join", *client), 1, "x.join: cannot use it", "Ask the server's owner")
-    (tmp_path / "x.join").write_text('{"format": "kilotune-join-1"}')
+    (tmp_path / "x.join").write_text('{"format": "kilotune-join-2"}')
     refused(kilotune("client", tmp_path / "x.join", *client), 1, "the field 'server' is missing")
     ended = kilotune("server", "run", *settings, "--keys", tmp_path, "-o", tmp_path / "run")
     refused(ended, 1, f"{tmp_path}: no server keys here", "kilotune server init")
@@ -519,8 +519,8 @@ def test_debug_shows_where_an_error_comes_from():
 
 def test_a_bug_keeps_its_traceback(monkeypatch):
     """Kills: a handler that hides what nobody foresaw behind one friendly line."""
-    from kilotune.engine import catalogue
+    from kilotune.engine.operations import doctor
 
-    monkeypatch.setattr(catalogue, "health", lambda: 1 / 0)
+    monkeypatch.setattr(doctor, "examine", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         kilotune("doctor")

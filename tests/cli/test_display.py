@@ -53,6 +53,8 @@ def test_plain_mode_says_each_event_in_one_line():
         {"event": "client", "round": 1, "client": "d", "status": "error", "why": "cut payload"},
         round_event(1),
         {"event": "evaluation", "round": 4, "overall": figures(1.2341, 0.41)},
+        {"event": "page", "text": "live page at http://127.0.0.1:9464/"},
+        {"event": "stopping", "why": "SIGTERM"},
         {"event": "stopped", "round": 4, "why": "no better loss"},
         {"event": "end", "digest": "ab"},
     ]
@@ -67,6 +69,8 @@ def test_plain_mode_says_each_event_in_one_line():
         "round 1: client d failed: cut payload",
         "round 1/4: 2 of 4 clients, loss 1.500, 4.2 kB up and 3.0 kB down per client, 2.0 s",
         "round 4: loss 1.234, exact match 41 %",
+        "live page at http://127.0.0.1:9464/",
+        "SIGTERM: stopping after this round; once more to stop at once",
         "stopped early: no better loss",
     ]
 

@@ -17,6 +17,7 @@ PERIODS = (1, 2, 32, 64, 128, 4096)
 def threads(request, monkeypatch):
     """One and two threads, with spans of one chunk so that both really work on small tensors."""
     monkeypatch.setattr(kernels, "_SPAN", CHUNK)
+    monkeypatch.setattr(kernels, "_TILED_SPAN", 1)
     kernels.set_threads(request.param)
     yield request.param
     kernels.set_threads(None)

@@ -118,6 +118,24 @@ def test_reports_of_clients_add_up_to_the_report_on_all_rows():
     assert joined.clients_to_json().keys() == whole.clients_to_json().keys()
 
 
+def test_of_fewer_clients_than_asked_for_nothing_is_told():
+    """Kills: the figures of one client as those of a federation; a limit that is one off."""
+    sums = {f"c{n}": {f"eval_{k}": v for k, v in vars(Figures(1, 2.0 + n, 4)).items()} for n in range(3)}
+    assert EvaluationReport.from_sums(sums, 4) == EvaluationReport.from_sums({})
+    assert EvaluationReport.from_sums(sums, 3).overall.tokens == 12
+
+
+def test_the_worst_tenth_of_the_clients_is_told_beside_their_mean():
+    """Kills: a mean weighted by rows; the best tenth; a tenth rounded down to nobody."""
+    losses = [float(n) for n in range(1, 13)]
+    sums = {
+        f"c{n:02d}": {f"eval_{k}": v for k, v in vars(Figures(n + 1, loss * (n + 1), n + 1)).items()}
+        for n, loss in enumerate(losses)
+    }
+    spread = EvaluationReport.from_sums(sums).to_json()["spread"]
+    assert spread == {"clients": 12, "mean_loss": 6.5, "worst_decile_loss": 11.5}
+
+
 def test_progress_ends_at_its_total():
     """Kills: a bar that never fills."""
     seen = []

@@ -2,12 +2,11 @@
 
 import hashlib
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 
-from federating import CLIENTS, content, plan, quiet
+from federating import CLIENTS, content, independent, plan, quiet
 from kilotune.core.errors import FederationError, RunError, WireError
 from kilotune.engine import seedfile
 from kilotune.engine.batches import micro_batches
@@ -18,9 +17,8 @@ from kilotune.engine.ledger import Ledger
 from kilotune.engine.measure import replay
 from kilotune.engine.models import load_base
 from kilotune.engine.replica import Replica
-from kilotune.engine.session import encode_rows, evaluator, federate, header, split_rows
+from kilotune.engine.session import encode_rows, federate, header, split_rows
 from kilotune.engine.step import BatchObjective
-from kilotune.engine.worker import Worker
 from tiny import save_tiny
 
 
@@ -162,26 +160,6 @@ def test_another_recipe_or_a_second_process_in_the_same_folder_is_refused(base, 
     shutil.copytree(undisturbed[0], folder)
     with pytest.raises(RunError, match="follows recipe"):
         federate(plan(base, data, "kilotune", "rounds=3", "optimizer.lr=0.5"), folder, quiet)
-
-
-def independent(name: str, recipe, base: Path, folder: Path, checkpoint: Path | None = None) -> Worker:
-    """A client as a process of its own would be: own base, own replica, keeps what it receives."""
-    loaded = load_base(str(base), writable=True)
-    rows = split_rows(recipe, alone=False).clients[name]
-    replica = Replica(loaded, recipe)
-    examples = encode_rows(recipe, loaded, rows, name, quiet)
-    genesis = header(recipe, loaded).hash
-    return Worker(
-        name,
-        replica,
-        genesis,
-        examples,
-        [],
-        evaluator(recipe, quiet),
-        folder / name,
-        keeps_rounds=True,
-        checkpoint=checkpoint,
-    )
 
 
 class Coming(LocalExchange):

@@ -63,11 +63,15 @@ def test_logits_are_bit_for_bit_those_of_a_model_with_changed_weights(method, ti
     assert not torch.equal(model(IDS).logits, expected)
 
 
+@pytest.mark.parametrize("block", [41 * 32, 20])  # 300 rows are 7 blocks of 41 and one of 13; or each row is too long
 @pytest.mark.parametrize("method", METHODS)
 @torch.no_grad()
-def test_blocks_that_do_not_divide_the_vocabulary_change_only_the_rounding(method, monkeypatch):
-    """Kills: a last block that is dropped or too long, a wrong start of a block. Sums over 32 or 64 products."""
-    monkeypatch.setattr(_overlay, "BLOCK", 41 * 32)  # 300 rows are 7 blocks of 41 and one of 13
+def test_blocks_that_do_not_divide_the_vocabulary_change_only_the_rounding(method, block, monkeypatch):
+    """Kills: a last block that is dropped or too long, a wrong start of a block, a row that does not fit into one.
+
+    Sums over 32 or 64 products.
+    """
+    monkeypatch.setattr(_overlay, "BLOCK", block)
     monkeypatch.setattr(_overlay, "GAP", 32)
     model = tiny_llama(0)
     trainable = attach(method, model)
@@ -95,6 +99,24 @@ def test_both_sides_in_one_walk_have_the_bits_of_two_passes(method, tied):
     for value, epsilon in zip(got, (EPSILON, -EPSILON), strict=True):
         with trainable.perturbed(DIRECTION, epsilon):
             assert value == sum(float(part()) for part in parts)
+    assert got[0] != got[1]
+
+
+@torch.no_grad()
+def test_both_sides_start_from_where_the_round_has_come():
+    """Kills: sides that mirror each other about the stored weights, which a forward-only round leaves behind."""
+    model = tiny_llama(1)
+    trainable, batch = attach("tiled", model), tiny_batch(0)
+    here = torch.linspace(-0.05, 0.1, 64)
+    trainable.move("coords", here)
+    got = trainable.both(DIRECTION, EPSILON, [lambda: answer_loss(model, batch)])
+    assert trainable._overlay._doubles is True  # sides that differ from two passes are noticed, and cost a second one
+    for loss, sign in zip(got, (1.0, -1.0), strict=True):
+        other = tiny_llama(1)
+        coords = here + sign * EPSILON * trainable.basis.direction(DIRECTION.index)
+        for name, param in other.named_parameters():
+            trainable.basis.add(param.data, name, [(11, coords * trainable._scales[name])])
+        assert loss == float(answer_loss(other, batch))
     assert got[0] != got[1]
 
 
@@ -177,12 +199,12 @@ def test_a_probe_never_holds_a_whole_embedding(monkeypatch):
     """Kills: a scratch copy of the largest tensor, which would be a fifth of a small model's memory."""
     monkeypatch.setattr(_overlay, "BLOCK", 64 * 32)
     model = tiny_llama(0, vocab_size=3000)
-    trainable, batch = attach("tiled", model), tiny_batch(0, rows=2, answer=0.1, vocab_size=3000)
+    trainable, batch = attach("tiled", model), tiny_batch(0, rows=2, answer=0.2, vocab_size=3000)
     loss = lambda: answer_loss(model, batch)  # noqa: E731
     loss()
     with Largest(model.parameters()) as seen:
         trainable.both(DIRECTION, EPSILON, [loss])
-    assert batch.num_labels * 3000 <= 16000 < model.lm_head.weight.numel()
+    assert 0 < batch.num_labels * 3000 <= 16000 < model.lm_head.weight.numel()
     assert seen.numel <= 16000
 
 

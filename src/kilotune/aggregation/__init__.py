@@ -15,19 +15,36 @@ __all__ = ["Aggregation", "Gathering", "SeedUpdate", "State", "TensorUpdate", "U
 class Gathering(ABC):
     """The updates of one round, taken one at a time in order of arrival."""
 
-    @abstractmethod
+    def __init__(self, rule: "Aggregation") -> None:
+        self._rule = rule
+        self._shares: list[float] = []
+
     def add(self, update: Update, num_examples: int) -> None:
         """Take one client's update; it may be freed afterwards."""
+        self.add_weighted(update, float(self._rule.share(num_examples)))
+
+    @abstractmethod
+    def add_weighted(self, update: Update, share: float) -> None:
+        """Take one update with a share of its own; shares are divided by their sum in the end."""
 
     @abstractmethod
     def result(self, state: State) -> Update:
         """What `Aggregation.combine` would make of all of them."""
 
+    def weights(self) -> np.ndarray:
+        """(n,) float64, sum 1: what each update counts in the result, in order of arrival."""
+        shares = np.asarray(self._shares, dtype=np.float64)
+        return shares / shares.sum()
+
 
 class Aggregation(Method):
     """Contract. On the effective change: one client = identity; order irrelevant; n equal updates = that update."""
 
-    takes: ClassVar[Literal["tensors", "seeds"]] = "tensors"
+    takes: ClassVar[Literal["tensors", "seeds", "any"]] = "tensors"
+    linear: ClassVar[bool] = True
+    """Whether the result is the sum of weight · update with weights that no update has a say in."""
+    additive: ClassVar[bool] = True
+    """Whether it is the sum of weight · update with the weights it reports, so that one client can be subtracted."""
 
     weighting: Literal["examples", "equal"] = Field(
         "examples", description="weight of a client: its number of examples, or the same for all"
@@ -46,6 +63,10 @@ class Aggregation(Method):
     def combine(self, updates: list[Update], weights: np.ndarray, state: State) -> Update:
         """One update from n >= 1; `weights` (n,) float64, sum 1."""
 
+    def judged(self, updates: list[Update], weights: np.ndarray, state: State) -> tuple[Update, np.ndarray]:
+        """`combine`, and what each update counts in its result: a rule may believe some more than others."""
+        return self.combine(updates, weights, state), weights
+
     def gather(self) -> Gathering:
         """Where a round's updates go as they arrive. By default they are kept until the last one is there."""
         return _Kept(self)
@@ -55,13 +76,18 @@ class _Kept(Gathering):
     """For rules that need all updates at once, and for updates of a few pairs."""
 
     def __init__(self, rule: Aggregation) -> None:
-        self._rule = rule
+        super().__init__(rule)
         self._updates: list[Update] = []
-        self._counts: list[int] = []
+        self._used: np.ndarray | None = None
 
-    def add(self, update: Update, num_examples: int) -> None:
+    def add_weighted(self, update: Update, share: float) -> None:
         self._updates.append(update)
-        self._counts.append(num_examples)
+        self._shares.append(share)
 
     def result(self, state: State) -> Update:
-        return self._rule.combine(self._updates, self._rule.weights(self._counts), state)
+        combined, self._used = self._rule.judged(self._updates, super().weights(), state)
+        return combined
+
+    def weights(self) -> np.ndarray:
+        """Known once the result is."""
+        return super().weights() if self._used is None else self._used

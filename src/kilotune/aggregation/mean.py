@@ -22,30 +22,25 @@ class Running(Gathering):
     """Σ weight · x so far, of every tensor."""
 
     def __init__(self, rule: Mean) -> None:
-        self._rule = rule
+        super().__init__(rule)
         self._shapes: dict[str, torch.Size] = {}
         self._sums: dict[str, ExactSum] = {}
-        self._weights: list[float] = []
 
-    def add(self, update: Update, num_examples: int) -> None:
-        self.add_weighted(update, float(self._rule.share(num_examples)))
-
-    def add_weighted(self, update: Update, weight: float) -> None:
-        """One update with a weight of its own."""
+    def add_weighted(self, update: Update, share: float) -> None:
         tensors = cast(TensorUpdate, update).tensors
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        if not self._weights:
+        if not self._shares:
             self._shapes = shapes
             self._sums = {name: ExactSum(shape.numel()) for name, shape in sorted(shapes.items())}
         elif shapes != self._shapes:
             raise ValueError("mean: the clients' updates differ in names or shapes, expected equal tables.")
         for name, sums in self._sums.items():
-            sums.add(tensors[name].detach().cpu().float().numpy().reshape(-1), weight)
-        self._weights.append(weight)
+            sums.add(tensors[name].detach().cpu().float().numpy().reshape(-1), share)
+        self._shares.append(share)
 
     def result(self, state: State) -> TensorUpdate:
         """Float32 tensors in name order; remembers nothing."""
-        scale, tensors = math.fsum(self._weights), {}
+        scale, tensors = math.fsum(self._shares), {}
         for name, sums in self._sums.items():
             mean = sums.total()
             mean /= scale

@@ -26,6 +26,9 @@ def _bits() -> dict[Any, Any]:
 
 def flat(tensor: Tensor, where: str, *others: torch.dtype) -> np.ndarray:
     """A flat view (no copy) of a contiguous float32 CPU tensor, or of one of the `others`; bf16 as its bits."""
+    if tensor.dtype == torch.float32 and tensor.is_cpu and tensor.is_contiguous() and not tensor.requires_grad:
+        whole: np.ndarray = tensor.numpy()  # the usual case, hundreds of times in a step: no views, no strings
+        return whole.reshape(-1)
     if tensor.dtype not in (torch.float32, *others) or not tensor.is_contiguous() or tensor.device.type != "cpu":
         layout = "contiguous" if tensor.is_contiguous() else "strided"
         raise TypeError(

@@ -9,6 +9,7 @@ Wire: coordinates travel, not pairs; noise law "sign", direction index 0 (docs/w
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
@@ -22,6 +23,9 @@ from kilotune.core.types import SeedUpdate
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+_key = lru_cache(maxsize=1 << 14)(stream_key)  # asked for again with every block of a tensor
 
 
 class Tiled(Basis):
@@ -71,7 +75,7 @@ class Tiled(Basis):
         where = f"basis.tiled {name}"
         check_start(start, where)
         target, flat_target = flat_out(weight, out, where)
-        moves = [(stream_key("sign", root, 0, name), vector(u, self.size, where)) for root, u in steps]
+        moves = [(_key("sign", root, 0, name), vector(u, self.size, where)) for root, u in steps]
         kernels.tiled_add(flat_weight(weight, where), flat_target, moves, start)
         return target
 
@@ -94,14 +98,14 @@ class Tiled(Basis):
         opposite = -coordinates if opposite is None else opposite
         us = vector(coordinates, self.size, where), vector(opposite, self.size, where)
         outs = flat_out(weight, plus, where)[1], flat_out(weight, minus, where)[1]
-        kernels.tiled_both(flat_weight(weight, where), *outs, stream_key("sign", root, 0, name), us, start)
+        kernels.tiled_both(flat_weight(weight, where), *outs, _key("sign", root, 0, name), us, start)
 
     def project(self, gradient: Tensor, name: str, root: int) -> Tensor:
         """v[j] = Σ_{i ≡ j mod M} s[i] · g[i], the gradient of u; float64 sums, rounded once."""
         from kilotune.core import kernels
 
         g = flat(gradient, f"basis.tiled {name}")
-        return torch.from_numpy(kernels.tiled_project(g, stream_key("sign", root, 0, name), self.size))
+        return torch.from_numpy(kernels.tiled_project(g, _key("sign", root, 0, name), self.size))
 
 
 METHOD = Tiled

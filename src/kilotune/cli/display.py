@@ -13,6 +13,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
+from kilotune.core.lines import clean
 from kilotune.core.units import human_bytes, human_seconds
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Display:
         self._activity = ""
         self._within: tuple[int, int] | None = None  # (done, total) of the current activity
         self._steps_per_round = 0
+        self._told = "loss"
         self._marks: deque[tuple[float, int]] = deque(maxlen=PACE_OVER)
         self._rows: deque[list[str]] = deque(maxlen=LAST_ROWS)
         self._same: tuple[str, int] = ("", 0)
@@ -130,13 +132,23 @@ class Display:
         clients, asked = event["clients"], event["asked"]
         up, down = human_bytes(event["up_bytes"] / max(1, clients)), human_bytes(event["down_bytes"] / max(1, asked))
         took = human_seconds(event["seconds"])
-        self._rows.append([str(number), f"{clients}/{asked}", f"{event['loss']:.3f}", up, down, took])
+        # With privacy the loss is not told; what has been spent is.
+        key = "loss" if "loss" in event else "epsilon"
+        told = f"{event[key]:.3f}" if key in event else "–"
+        self._rows.append([str(number), f"{clients}/{asked}", told, up, down, took])
+        self._told = key
         if self._live is None:
             of = f"/{self.total}" if self.total and self.unit == "round" else ""
             self._line(
-                f"round {number}{of}: {clients} of {asked} clients, loss {event['loss']:.3f}, "
+                f"round {number}{of}: {clients} of {asked} clients, {key} {told}, "
                 f"{up} up and {down} down per client, {took}{self._left(', ')}"
             )
+
+            if added := event.get("secure"):
+                self._line(
+                    f"round {number}{of}: secure aggregation added {human_bytes(added['added_up_bytes'])} up, "
+                    f"{human_bytes(added['added_down_bytes'])} down and {human_seconds(added['seconds'])} in all"
+                )
 
     def _on_step(self, event: Event) -> None:
         self._advance(event["step"])
@@ -173,6 +185,12 @@ class Display:
 
     def _on_stopped(self, event: Event) -> None:
         self._line(f"stopped early: {clean(event['why'])}", "yellow")
+
+    def _on_page(self, event: Event) -> None:
+        self._line(clean(event["text"]))
+
+    def _on_stopping(self, event: Event) -> None:
+        self._line(f"{event['why']}: stopping after this {self.unit}; once more to stop at once", "yellow")
 
     def _on_end(self, event: Event) -> None:
         self._activity, self._within = "", None
@@ -243,7 +261,7 @@ class Display:
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
-        rounds = ["round", "clients", "loss", "up/client", "down/client", "time"]
+        rounds = ["round", "clients", self._told, "up/client", "down/client", "time"]
         rows = list(self._rows)
         table = Table(box=SIMPLE_HEAD, header_style="dim", pad_edge=False)
         for name in rounds if len(rows[0]) == len(rounds) else ["step", "loss", "tokens/s", "time"]:
@@ -251,9 +269,3 @@ class Display:
         for row in rows:
             table.add_row(*row)
         return table
-
-
-def clean(text: object) -> str:
-    """Text from elsewhere as one printable line: a client's name or error must not move this terminal's cursor."""
-    line = " ".join(str(text).split())
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)

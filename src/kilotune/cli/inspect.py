@@ -1,4 +1,4 @@
-"""Commands that look and predict: plan, methods, recipe, data, doctor."""
+"""Commands that look and predict: plan, methods, recipe, data."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +27,6 @@ def register(app: typer.Typer) -> None:
     app.command()(methods)
     app.add_typer(recipe_app, name="recipe")
     app.add_typer(data_app, name="data")
-    app.command()(doctor)
 
 
 def plan(
@@ -78,6 +77,13 @@ def _print_prediction(title: str, result: dict[str, Any]) -> None:
             ["payload up, per client and round", human_bytes(result["payload_up_bytes_per_client_round"])],
             ["payload down, per client and round", human_bytes(result["payload_down_bytes_per_client_round"])],
         ]
+    if "secure_up_bytes_per_client_round" in result:
+        rows += [
+            ["of it secure aggregation, up", human_bytes(result["secure_up_bytes_per_client_round"])],
+            ["of it secure aggregation, down", human_bytes(result["secure_down_bytes_per_client_round"])],
+        ]
+    if "secure_seconds_per_round" in result:
+        rows.append(["secure aggregation, time per round", human_seconds(result["secure_seconds_per_round"])])
     rows.append(["peak memory", human_bytes(result["peak_rss_bytes"])])
     if result["seconds_per_step"] is not None:
         rows += [
@@ -209,15 +215,3 @@ def data_households(
 
         count = write_jsonl(output)
     show({"file": str(output), "rows": count}, format, lambda: say(f"wrote {count} rows to {output}"))
-
-
-def doctor(format: Format = "text") -> None:
-    """Check this machine: versions, memory, disk, cache, the embedded model."""
-    with patiently("versions"):
-        from kilotune.engine.catalogue import health
-
-        result = health()
-    rows = [[c["check"], "ok" if c["ok"] else "PROBLEM", c["found"]] for c in result["checks"]]
-    show(result, format, lambda: table("", ["check", "", "found"], rows))
-    if not result["ok"]:
-        raise typer.Exit(1)

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from kilotune import __version__
-from kilotune.cli import inspect, model, train
+from kilotune.cli import doctor, history, inspect, model, train
 from kilotune.core.errors import KilotuneError
 
 RESUMABLE = ("tune", "federate", "server", "client")
@@ -27,7 +27,7 @@ class Program(TyperGroup):
             if ctx.params["debug"]:
                 raise
             for line in str(error).splitlines():
-                typer.secho(line, err=True, fg="red")
+                typer.secho(line, err=True, fg="red" if error.exit_code in (1, 2) else "yellow")
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:  # here, because typer would leave without a word
             goes_on = " Run the same command again to go on." if ctx.invoked_subcommand in RESUMABLE else ""
@@ -45,6 +45,8 @@ app = typer.Typer(
 train.register(app)
 model.register(app)
 inspect.register(app)
+history.register(app)
+doctor.register(app)
 
 
 def _version(wanted: bool) -> None:

@@ -89,12 +89,22 @@ def replay(
     checkpoint: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write the weights, for `kilotune client --checkpoint`.")
     ] = None,
+    audit: Annotated[
+        bool, typer.Option("--audit", help="Check every round by itself: who counted, and whether it adds up.")
+    ] = False,
+    contribution: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="With --audit: what each client did for the loss on these public rows."),
+    ] = None,
     base: Base = None,
     format: Format = "text",
 ) -> None:
     """Verify the hash chain, rebuild the weights from base and ledger, print their digest."""
     from kilotune.cli.display import Display
 
+    if audit or contribution:
+        _audit(run, contribution, base, format)
+        return
     with Display(None, "round") as emit:
         with loading(emit, str(run)):
             from kilotune.engine.measure import replay as rebuild
@@ -104,6 +114,19 @@ def replay(
         format,
         lambda: typer.echo(f"verified {result['rounds']} rounds; weights {result['digest']}"),
     )
+
+
+def _audit(run: Path, contribution: str | None, base: str | None, format: str) -> None:
+    from kilotune.cli.display import Display
+    from kilotune.cli.history import print_audit
+
+    with Display(None, "round") as emit:
+        with loading(emit, str(run)):
+            from kilotune.engine.audit import audit
+        result = audit(run, base, emit, contribution)
+    show(result, format, lambda: print_audit(result))
+    if not result["verified"]:
+        raise typer.Exit(1)
 
 
 def apply(

@@ -18,6 +18,7 @@ from kilotune.cli.common import (
     show,
     table,
 )
+from kilotune.cli.logged import LogFormat, logged
 
 server_app = typer.Typer(no_args_is_help=True, help="Lead a federation over real machines.")
 
@@ -99,6 +100,20 @@ def server_revoke(
     show({"revoked": client, "clients": left}, format, lambda: say(f"{client} is out; left: {', '.join(left)}"))
 
 
+@server_app.command("rotate")
+def server_rotate(
+    folder: Annotated[Path, typer.Argument(help="Folder made by `kilotune server init`.")],
+    client: Annotated[str, typer.Argument(help="Client that gets a new key.")],
+    format: Format = "text",
+) -> None:
+    """Make a new key, certificate and join file for a client; the old ones end when the server starts next."""
+    with patiently("keys"):
+        from kilotune.engine.flower.keys import rotate
+
+        path = str(rotate(folder, client).join_path(client))
+    show({"rotated": client, "join_file": path}, format, lambda: say(f"give {path} to {client}, over a safe way"))
+
+
 @server_app.command("run")
 def server_run(
     recipe: RecipeName = "kilotune",
@@ -106,19 +121,27 @@ def server_run(
     overrides: Override = None,
     output: Output = Path("runs/server"),
     wait_for: Annotated[int, typer.Option(min=0, help="Start when this many clients are there; 0: all enrolled.")] = 0,
+    dashboard: Annotated[
+        str | None, typer.Option(metavar="[HOST:]PORT", help="Live page, /health and /metrics; HOST is 127.0.0.1.")
+    ] = None,
+    log_format: LogFormat = "text",
     format: Format = "text",
 ) -> None:
     """Lead the federation: wait for the clients, run the rounds, keep the ledger."""
     from kilotune.cli.display import Display
 
-    with Display(None, "round") as emit:
+    with Display(None, "round", quiet=log_format == "json") as screen, logged(log_format, screen) as emit:
         with loading(emit, recipe):
             from kilotune.engine.compose import compose
             from kilotune.engine.deployed import serve
+            from kilotune.engine.operations.monitor import monitored
         plan = compose(recipe, "federate", overrides or [])
-        emit.total = plan.recipe.rounds
-        summary = serve(plan, keys, output, wait_for, emit)
-    show(summary, format, lambda: _outcome(summary, output))
+        screen.total = plan.recipe.rounds
+        with monitored(dashboard, plan, keys, output, emit) as watched:
+            summary = serve(plan, keys, output, wait_for, watched)
+            watched({"event": "end", "digest": summary["digest"]})
+    if log_format == "text" or format == "json":
+        show(summary, format, lambda: _outcome(summary, output))
 
 
 def client(
@@ -136,20 +159,23 @@ def client(
     checkpoint: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Start from this state (`kilotune replay --checkpoint`).")
     ] = None,
+    log_format: LogFormat = "text",
     format: Format = "text",
 ) -> None:
     """Take part in a federation with your own data; stays until the server says it is finished."""
     from kilotune.cli.display import Display
 
     own = [f"data.path={data}"] + ([f"data.only={only}"] if only else [])
-    with Display(None, "round") as emit:
+    with Display(None, "round", quiet=log_format == "json") as screen, logged(log_format, screen) as emit:
         with loading(emit, recipe):
             from kilotune.engine.compose import compose
             from kilotune.engine.deployed import join as run
         plan = compose(recipe, "federate", [*own, *(overrides or [])])
-        emit.total = plan.recipe.rounds
+        screen.total = plan.recipe.rounds
         summary = run(plan, join, output, wait, checkpoint, emit)
-    show(summary, format, lambda: say(f"finished after round {summary['rounds']}; weights {summary['digest'][:16]}"))
+    if log_format == "text" or format == "json":
+        told = f"finished after round {summary['rounds']}; weights {summary['digest'][:16]}"
+        show(summary, format, lambda: say(told))
 
 
 def _outcome(summary: dict[str, Any], output: Path) -> None:
@@ -169,5 +195,7 @@ def _outcome(summary: dict[str, Any], output: Path) -> None:
     if summary["command"] == "federate":
         up, down = summary["payload_up_bytes_per_client_round"], summary["payload_down_bytes_per_client_round"]
         say(f"payload per client and round: {human_bytes(up)} up, {human_bytes(down)} down")
+    if privacy := summary.get("privacy"):
+        say(f"privacy of each {privacy['unit']}: epsilon {privacy['epsilon']:.3g}, delta {privacy['delta']:g}")
     say(f"peak memory {human_bytes(summary['peak_rss_bytes'])}, {human_seconds(summary['seconds'])}")
     say(f"weights {summary['digest'][:16]}, results in {output} (open {output / 'report.html'})")

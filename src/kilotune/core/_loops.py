@@ -152,14 +152,14 @@ def load_bf16(values, out):  # type: ignore[no-untyped-def]
 
 @_jit
 def load_fp16(values, out):  # type: ignore[no-untyped-def]
+    bits = out.view(np.uint32)
     for i in range(out.size):
         h = np.uint32(values[i])
-        exponent, rest = h & np.uint32(0x7C00), np.uint32((h & np.uint32(0x7FFF)) << np.uint32(13))
-        shift = np.uint32(224 << 23) if exponent == np.uint32(0x7C00) else np.uint32(112 << 23)
-        usual = np.uint32(rest + shift).view(np.float32)
-        tiny = np.uint32(rest + np.uint32(113 << 23)).view(np.float32) - np.float32(2.0**-14)  # m 2^-24, exact
-        value = tiny if exponent == np.uint32(0) else usual
-        out[i] = -value if h & np.uint32(0x8000) else value
+        rest = np.uint32((h & np.uint32(0x7FFF)) << np.uint32(13))
+        usual = np.uint32(rest + np.uint32(224 << 23 if rest >= np.uint32(31 << 23) else 112 << 23))
+        tiny = np.float32(np.uint32(rest + np.uint32(113 << 23)).view(np.float32) - np.float32(2.0**-14))  # exact
+        value = tiny.view(np.uint32) if rest < np.uint32(1 << 23) else usual
+        bits[i] = value | np.uint32((h & np.uint32(0x8000)) << np.uint32(16))
 
 
 @_jit
@@ -180,11 +180,9 @@ def store_bf16(x, out):  # type: ignore[no-untyped-def]
     """Round to nearest, ties to even; NaN stays NaN."""
     bits = x.view(np.uint32)
     for i in range(x.size):
-        b = bits[i]
-        odd = np.uint32((b >> np.uint32(16)) & np.uint32(1))
-        rounded = np.uint32(np.uint32(b + np.uint32(0x7FFF) + odd) >> np.uint32(16))
-        nan = np.uint32((b >> np.uint32(16)) | np.uint32(0x40))
-        out[i] = np.uint16(nan if (b & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000) else rounded)
+        top = np.uint32(bits[i] >> np.uint32(16))
+        rounded = np.uint32(np.uint32(bits[i] + np.uint32(0x7FFF) + np.uint32(top & np.uint32(1))) >> np.uint32(16))
+        out[i] = np.uint16(rounded if x[i] == x[i] else np.uint32(top | np.uint32(0x40)))
 
 
 # ---- one chunk of signs ---------------------------------------------------------------------------
@@ -231,6 +229,54 @@ def _add_signs(x, start, k0, k1, u, words, known):  # type: ignore[no-untyped-de
     _add_few_signs(x[:head], start, k0, k1, u)
     _add_words(x[head:tail], start + head, u, words)
     _add_few_signs(x[tail:], start + tail, k0, k1, u)
+
+
+@_jit
+def _put_words(source, x, start, u, words):  # type: ignore[no-untyped-def]
+    """_add_words to a copy, made in the same pass; the two must not overlap."""
+    bits = u.view(np.uint32)
+    for w in range(x.size >> 6):
+        offset = (start + 64 * w) & (u.size - 1) & _INDEX
+        for h in range(2):
+            half = np.uint32((words[w] >> np.uint64(32 * h)) & np.uint64(0xFFFFFFFF))
+            i, j = 64 * w + 32 * h, offset + 32 * h
+            for b in range(32):
+                sign = np.uint32(np.uint32(half << np.uint32(31 - b)) & _TOP)
+                x[i + b] = source[i + b] + np.uint32(bits[j + b] ^ sign).view(np.float32)
+
+
+@_jit
+def _put_both_words(source, x, y, start, u, v, words):  # type: ignore[no-untyped-def]
+    """_put_words into x and into y."""
+    bits, others = u.view(np.uint32), v.view(np.uint32)
+    for w in range(x.size >> 6):
+        offset = (start + 64 * w) & (u.size - 1) & _INDEX
+        for h in range(2):
+            half = np.uint32((words[w] >> np.uint64(32 * h)) & np.uint64(0xFFFFFFFF))
+            i, j = 64 * w + 32 * h, offset + 32 * h
+            for b in range(32):
+                sign = np.uint32(np.uint32(half << np.uint32(31 - b)) & _TOP)
+                x[i + b] = source[i + b] + np.uint32(bits[j + b] ^ sign).view(np.float32)
+                y[i + b] = source[i + b] + np.uint32(others[j + b] ^ sign).view(np.float32)
+
+
+@_jit
+def _put_signs(source, plus, minus, start, keys, us, words):  # type: ignore[no-untyped-def]
+    """The first step's u of row r into plus (r = 0) or minus (r = 1): a copy of source, moved as _add_signs does."""
+    k0, k1 = keys[0, 0], keys[0, 1]
+    head = min(-start & 63, plus.size)
+    full = (plus.size - head) >> 6
+    tail = head + 64 * full
+    _words(k0, k1, (start + head) >> 6, words[:full])
+    for row in range(us.shape[0]):  # less than 64 elements at either end
+        x = minus if row else plus
+        x[:head], x[tail:] = source[:head], source[tail:]
+        _add_few_signs(x[:head], start, k0, k1, us[row, 0])
+        _add_few_signs(x[tail:], start + tail, k0, k1, us[row, 0])
+    if us.shape[0] == 1:
+        _put_words(source[head:tail], plus[head:tail], start + head, us[0, 0], words)
+    else:
+        _put_both_words(source[head:tail], plus[head:tail], minus[head:tail], start + head, us[0, 0], us[1, 0], words)
 
 
 @_jit
@@ -288,10 +334,13 @@ def tiled_add(source, plus, minus, keys, us, start, first, last):  # type: ignor
     words = np.empty(spec.CHUNK >> 6, np.uint64)
     for chunk in range(first, last):
         begin, end = _bounds(chunk, spec.CHUNK, start, plus.size)
-        if source.size > 0:
-            for row in range(us.shape[0]):
-                _copy(source[begin:end], (minus if row else plus)[begin:end])
-        for step in range(keys.shape[0]):
+        done = 0
+        if source.size > 0 and keys.shape[0] > 0:
+            _put_signs(source[begin:end], plus[begin:end], minus[begin:end], start + begin, keys, us, words)
+            done = 1
+        elif source.size > 0:
+            _copy(source[begin:end], plus[begin:end])
+        for step in range(done, keys.shape[0]):
             k0, k1 = keys[step, 0], keys[step, 1]
             again = step > 0 and k0 == keys[step - 1, 0] and k1 == keys[step - 1, 1]  # one root for the whole run
             for row in range(us.shape[0]):

@@ -23,6 +23,7 @@ Key = tuple[int, int]
 T = TypeVar("T")
 
 _SPAN = 1 << 20  # elements times directions a thread takes at once: some milliseconds of work
+_TILED_SPAN = 4  # chunks of tiled_add a thread takes at once: fewer cost more to hand over than they take
 _STEP_FLOATS = 1 << 22  # coordinates held for one pass of tiled_add; more steps make more passes
 _ROWS = 64  # steps over one pool of seeds whose sums a thread keeps at a time, in its cache
 _threads: int | None = None
@@ -182,7 +183,9 @@ def tiled_both(
     weight: Weight, plus: np.ndarray, minus: np.ndarray, key: Key, us: tuple[np.ndarray, np.ndarray], start: int = 0
 ) -> None:
     """tiled_add of us[0] into `plus` and of us[1] into `minus`, in one pass over weight and signs. None may overlap."""
-    _tiled_add(weight, (plus, minus), [key], np.stack([_tile(u) for u in us])[:, None], start)
+    both = np.empty((2, 1, max(us[0].size, LANES)), np.float32)
+    both[0, 0], both[1, 0] = _tile(us[0]), _tile(us[1])
+    _tiled_add(weight, (plus, minus), [key], both, start)
 
 
 def _tiled_add(weight: Weight, outs: Outs, keys: Sequence[Key], us: np.ndarray, start: int) -> None:
@@ -191,7 +194,7 @@ def _tiled_add(weight: Weight, outs: Outs, keys: Sequence[Key], us: np.ndarray, 
     def loop(source: np.ndarray, plus: np.ndarray, minus: np.ndarray, at: int, first: int, last: int) -> None:
         _loops.tiled_add(source, plus, minus, pairs, us, at, first, last)
 
-    _walk(loop, weight, outs, start, CHUNK, _SPAN // CHUNK)
+    _walk(loop, weight, outs, start, CHUNK, _TILED_SPAN)
 
 
 def tiled_project(g: np.ndarray, key: Key, size: int) -> np.ndarray:

@@ -18,6 +18,7 @@ KINDS = (
     "codec",
     "aggregation",
     "schedule",
+    "privacy",
 )
 
 

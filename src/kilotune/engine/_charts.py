@@ -16,6 +16,12 @@ def charts(history: History, parts: dict[str, Part], unit: str) -> str:
     """All curves the run has readings for; payload only where bytes crossed between machines."""
     loss, match = history.measured("loss"), [(n, 100 * v) for n, v in history.measured("exact_match")]
     by_bytes = bool(history.rounds) and not history.alone
+    size, unit_bytes = byte_unit(history.payload_until(history.last_round))
+    payload = (
+        f"payload ({unit_bytes})",
+        "Bytes of all clients, up and down, so far",
+        lambda n: history.payload_until(n) / size,
+    )
     title = f"Loss by {unit}"
     lines = [*_training(history, unit), Series("held-out", loss, "c1")]
     below = (
@@ -25,28 +31,33 @@ def charts(history: History, parts: dict[str, Part], unit: str) -> str:
     )
     drawn = figure(title, below, line_chart(title, lines, unit, number, whole_x=True))
     if by_bytes:
-        drawn += _by_payload(history, "Held-out loss", loss, number)
+        drawn += _against("Held-out loss", *payload, loss, number)
     title = f"Exact match (%) by {unit}"
     svg = line_chart(title, [Series("", match)], unit, _percent, whole_x=True, top=100.0)
     drawn += figure(title, "Held-out rows answered word for word", svg)
     if by_bytes:
-        drawn += _by_payload(history, "Exact match (%)", match, _percent, 100.0)
+        drawn += _against("Exact match (%)", *payload, match, _percent, 100.0)
         drawn += _bytes_chart(history)
+    epsilon = "epsilon", "What was spent of the privacy budget so far", dict(history.spent).get
+    drawn += _against("Held-out loss", *epsilon, loss, number)
+    drawn += _against("Exact match (%)", *epsilon, match, _percent, 100.0)
     drawn += _compared(parts)
     return f'<div class="charts">{drawn}</div>\n' if drawn else note("Nothing was recorded yet.")
 
 
-def _by_payload(
-    history: History,
+def _against(
     what: str,
+    axis: str,
+    below: str,
+    place: Callable[[int], float | None],
     points: Sequence[tuple[int, float]],
     text: Callable[[float], str],
     top: float | None = None,
 ) -> str:
-    size, name = byte_unit(history.payload_until(history.last_round))
-    moved = [Series("", [(history.payload_until(n) / size, value) for n, value in points])]
-    svg = line_chart(f"{what} by payload", moved, f"payload ({name})", text, top=top)
-    return figure(f"{what} by payload", "Bytes of all clients, up and down, so far", svg)
+    """Readings over another axis than rounds: `place` says where a round lies on it, if it does."""
+    moved = [(at, value) for n, value in points if (at := place(n)) is not None]
+    title = f"{what} by {axis.split()[0]}"
+    return figure(title, below, line_chart(title, [Series("", moved)], axis, text, top=top))
 
 
 def _training(history: History, unit: str) -> list[Series]:

@@ -79,6 +79,12 @@ class History:
         """A local run over a basis: one client that is this machine, so nothing crossed a network."""
         return list(self._rows) == ["local"]
 
+    @property
+    def spent(self) -> list[tuple[int, float]]:
+        """(round, epsilon so far) of a run with differential privacy, from round 0 on."""
+        spent = [(int(r["round"]), value) for r in self.rounds if (value := reading(r, "epsilon")) is not None]
+        return [(0, 0.0), *spent] if spent else []
+
     def payload_until(self, number: int) -> int:
         """Payload bytes, both directions, of all rounds up to and with `number`."""
         return sum(r["up_bytes"] + r["down_bytes"] for r in self.rounds if r["round"] <= number)

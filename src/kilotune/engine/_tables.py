@@ -25,7 +25,8 @@ CLIENT_COLUMNS = (
 
 
 def clients_table(parts: dict[str, Part], history: History) -> str:
-    if not parts or history.alone or history.steps:
+    hidden = history.spent and not any(part.rounds for part in parts.values())  # who took part is not told
+    if not parts or history.alone or history.steps or hidden:
         return ""
     rows: list[list[Cell]] = [
         [
@@ -98,11 +99,21 @@ def _every_round(history: History) -> str:
         total += r["up_bytes"] + r["down_bytes"]
         took = f"{r['seconds']:.2f}"
         if history.alone:
-            rows.append([r["round"], None, reading(r, "loss"), None, None, None, took])
+            rows.append([r["round"], None, reading(r, "loss"), None, None, None, None, took])
         else:
             clients = f"{r['clients']} of {r['asked']}"
-            rows.append([r["round"], clients, reading(r, "loss"), r["up_bytes"], r["down_bytes"], total, took])
-    columns = ["round", "clients", "training loss", "bytes up", "bytes down", "bytes so far", "seconds"]
+            told = [reading(r, "loss"), reading(r, "epsilon")]
+            rows.append([r["round"], clients, *told, r["up_bytes"], r["down_bytes"], total, took])
+    columns = [
+        "round",
+        "clients",
+        "training loss",
+        "epsilon so far",
+        "bytes up",
+        "bytes down",
+        "bytes so far",
+        "seconds",
+    ]
     caption = "Payload bytes of the rounds; evaluations and the hand-over of the last round are not among them."
     return table("" if history.alone else caption, columns, rows)
 

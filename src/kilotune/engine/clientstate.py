@@ -5,14 +5,13 @@ under way, because ten thousand of them need no folders: after a crash it spares
 are computed again.
 """
 
-import json
-import zlib
 from pathlib import Path
 
 import torch
 
 from kilotune.core.types import State
-from kilotune.engine.files import disk_errors, read_tensors, write_tensors
+from kilotune.engine.book import Entry, append_entry, cut_after, read_entries
+from kilotune.engine.files import read_tensors, write_tensors
 from kilotune.engine.step import Memory
 
 Facts = dict[str, str | int | float]
@@ -37,7 +36,7 @@ class ClientState:
         tensors, facts = read_tensors(self._path(number))
         if facts.get("head") != head:
             return None
-        return tensors["reply"].numpy().tobytes(), {k: float(facts[k]) for k in ("loss_first", "loss")}
+        return tensors["reply"].numpy().tobytes(), {k: float(v) for k, v in facts.items() if k != "head"}
 
     def before(self, number: int) -> tuple[Memory, State]:
         """What earlier rounds left."""
@@ -63,8 +62,8 @@ class ClientState:
 
 
 class RoundLog:
-    """`folder`/answers-NNNNN.bin: per answer a line of JSON and the payload. Written without waiting for the disk:
-    the end of a process loses nothing, a power cut the answers of one unfinished round."""
+    """`folder`/answers-NNNNN.bin: a round's answers in the form of the server's book. Written without waiting for the
+    disk: the end of a process loses nothing, a power cut the answers of one unfinished round."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -81,12 +80,7 @@ class RoundLog:
         """Keep an answer until the next round begins."""
         self._enter(number)
         payload, facts = answer
-        line = {"client": client, "head": head, "facts": facts, "size": len(payload), "crc": zlib.crc32(payload)}
-        path = self._path(number)
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "ab") as file:
-                file.write(json.dumps(line).encode() + b"\n" + payload)
+        append_entry(self._path(number), Entry(client, head, dict(facts), payload))
 
     def _enter(self, number: int) -> None:
         if number == self._number:
@@ -100,19 +94,12 @@ class RoundLog:
 
     def _read(self, path: Path) -> None:
         """Whole entries; what a crash has cut goes, so that new ones follow the last whole one."""
-        at = 0
-        with open(path, "r+b") as file:
-            while line := file.readline():
-                try:
-                    entry = json.loads(line)
-                    payload = file.read(entry["size"])
-                    if zlib.crc32(payload) != entry["crc"] or len(payload) != entry["size"]:
-                        break
-                except (ValueError, LookupError, TypeError):
-                    break
-                self._found[entry["client"]] = (entry["head"], (payload, entry["facts"]))
-                at = file.tell()
-            file.truncate(at)
+        end = 0
+        for entry, start in read_entries(path):
+            facts: Facts = dict(entry.facts)
+            self._found[entry.client] = (entry.head, (entry.payload, facts))
+            end = start + len(entry.payload)
+        cut_after(path, end)
 
     def _path(self, number: int) -> Path:
         return self._folder / f"answers-{number:05d}.bin"

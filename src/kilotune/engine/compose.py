@@ -28,11 +28,15 @@ if TYPE_CHECKING:
     from kilotune.optimizer import Optimizer
     from kilotune.parametrization import Parametrization
     from kilotune.partition import Partition
+    from kilotune.privacy import Privacy
     from kilotune.schedule import Schedule
 
 Mode = Literal["federate", "tune"]
 
-PRIVATE = ("title", "source", "rounds", "steps", "threads", "deadline_s", "min_clients", "patience", "evaluation")
+PRIVATE = (
+    *("title", "source", "rounds", "steps", "threads", "deadline_s", "min_clients", "patience", "evaluation"),
+    "keep_contributions",
+)
 """Keys that the two ends of a federation may hold differently; they are no part of the recipe id."""
 PRIVATE_DATA = ("path", "eval_path", "only", "limit")
 
@@ -52,6 +56,7 @@ class Plan:
     server_optimizer: Optimizer
     schedule: Schedule
     partition: Partition | None
+    privacy: Privacy | None = None
 
     @cached_property
     def id(self) -> str:
@@ -225,6 +230,7 @@ def _defaults(content: dict[str, Any], mode: Mode) -> dict[str, Spec | None]:
         "server_optimizer": {"name": "sgd", "lr": 1.0},
         "schedule": {"name": "all"},
         "partition": None,
+        "privacy": None,
     }
 
 

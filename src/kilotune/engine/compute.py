@@ -24,10 +24,11 @@ TRIES = 5
 
 @dataclass(frozen=True)
 class Compute:
-    """`bfloat16`: matrix products in that format (autocast), weights and sums stay float32."""
+    """`bfloat16`: matrix products in that format (autocast), weights and sums stay float32. `checkpointing`: share of
+    the layers that keep their input only."""
 
     bfloat16: bool = False
-    checkpointing: bool = False
+    checkpointing: float = 0.0
 
     @classmethod
     def of(cls, recipe: Recipe) -> "Compute":
@@ -39,14 +40,15 @@ class Compute:
         """Forward passes inside run this way; the backward pass may run outside."""
         fuse(model)
         precision = torch.autocast("cpu", torch.bfloat16) if self.bfloat16 else nullcontext()
-        with precision, _checkpointed(model) if self.checkpointing else nullcontext():
+        with precision, _checkpointed(model, self.checkpointing) if self.checkpointing else nullcontext():
             yield
 
 
 @contextmanager
-def _checkpointed(model: nn.Module) -> Iterator[None]:
-    """Layers keep their input only and run again in the backward pass (Chen et al., arXiv 1604.06174)."""
-    layers = _layers(model)
+def _checkpointed(model: nn.Module, share: float) -> Iterator[None]:
+    """A share of the layers, spread evenly, keep their input only and run again in the backward pass (Chen et al.,
+    arXiv 1604.06174)."""
+    layers = [layer for at, layer in enumerate(_layers(model)) if int((at + 1) * share) > int(at * share)]
     own = [vars(layer).get("forward") for layer in layers]
     try:
         for layer in layers:

@@ -10,13 +10,19 @@ from kilotune.engine.compose import Plan
 from kilotune.engine.data import load_rows
 from kilotune.engine.federation import Federation
 from kilotune.engine.flower.client import serve as stay
+from kilotune.engine.flower.keys import ENROLLED as MOST_CLIENTS
 from kilotune.engine.flower.keys import load_server_keys, read_join_file
+from kilotune.engine.flower.limits import limits_of
+from kilotune.engine.flower.messages import Reply, Request
 from kilotune.engine.flower.server import start_server
+from kilotune.engine.identity import Heads, open_identity
+from kilotune.engine.interrupt import StoppedError, asked_to_stop
 from kilotune.engine.ledger import Ledger
 from kilotune.engine.replica import Replica
 from kilotune.engine.runfolder import RunFolder
 from kilotune.engine.session import Emit, encode_rows, evaluator, finish, header, open_base, recording
 from kilotune.engine.shares import spread
+from kilotune.engine.withdrawn import withdrawn
 from kilotune.engine.worker import Worker, peak_rss
 
 PATIENCE_S = 24 * 3600.0
@@ -29,19 +35,23 @@ def serve(plan: Plan, keys_folder: Path, output: Path, wait_for: int, emit: Emit
     run = RunFolder(output)
     with run.locked():
         emit = recording(run, emit)
-        exchange = start_server(keys, keys.host, keys.port, lambda text: emit({"event": "status", "text": text}))
+        exchange = start_server(
+            keys, keys.host, keys.port, lambda text: emit({"event": "status", "text": text}), open_identity(output)
+        )
         try:
             base = open_base(plan, emit)
             ledger = Ledger.open(output, header(plan, base))
             run.write_recipe(plan)
             replica = Replica(base, plan)
-            wanted = wait_for or len(keys.clients)
+            exchange.limit(limits_of(plan, replica.shapes, len(keys.clients)))
+            wanted = wait_for or len(keys.clients.keys() - withdrawn(output))
             emit({"event": "status", "text": f"listening on {exchange.address}, waiting for {wanted} clients"})
             present = exchange.wait_for(wanted, PATIENCE_S)
             if len(present) < wanted:
                 raise FederationError(f"{len(present)} of {wanted} clients joined. Start the others and run again.")
-            federation = Federation(plan, replica, ledger, exchange, output, emit)
-            reports = federation.run()
+            with asked_to_stop(emit) as stop:
+                federation = Federation(plan, replica, ledger, exchange, output, stop.between_rounds(emit))
+                reports = federation.run()
             _require_equal(federation)
             seconds = time.monotonic() - started
             return finish(run, plan, federation, reports, len(present), seconds, {"socket": _socket(federation)})
@@ -75,6 +85,7 @@ def join(
     invitation = read_join_file(join_path)
     run = RunFolder(output)
     with run.locked():
+        heads = Heads(invitation.federation, invitation.client, invitation.server_key, output)
         emit = recording(run, emit)
         rows, only = load_rows(plan.recipe.data.path), plan.recipe.data.only
         rows = [row for row in rows if only is None or row.client == only]
@@ -96,13 +107,29 @@ def join(
             keeps_rounds=True,
             progress=lambda line: emit({"event": "progress", "what": line}),
             checkpoint=checkpoint,
+            link=lambda number, head, part: heads.follow(number, head, plan.root(number), part),
+            reopen=lambda: Replica(open_base(plan, emit), plan),
         )
+        limits = limits_of(plan, replica.shapes, MOST_CLIENTS)
         emit({"event": "status", "text": f"client {invitation.client}: {len(train)} rows, joining {invitation.server}"})
-        stay(invitation, worker.handle, wait_s, lambda text: emit({"event": "status", "text": text}))
+        last = ""
+
+        def say(text: str) -> None:
+            emit({"event": "status", "text": text})
+
+        def handle(request: Request) -> Reply:
+            nonlocal last
+            last = request.kind
+            return worker.handle(request)
+
+        with asked_to_stop(emit) as stop:
+            stay(invitation, handle, wait_s, say, stop.asked, heads, limits)
+        if stop.requested and last != "finish":
+            raise StoppedError(f"left after round {worker.round}, as asked. Run it again to go on.", stop.number)
         return {
             "client": invitation.client,
             "rounds": worker.round,
-            "digest": replica.digest(),
+            "digest": worker.replica.digest(),
             "ledger_head": worker.head,
             "peak_rss_bytes": peak_rss(),
         }

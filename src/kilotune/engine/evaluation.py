@@ -83,16 +83,29 @@ class EvaluationReport:
         return {name: figures.to_json() for name, figures in sorted(self.clients.items())}
 
     def to_json(self) -> dict[str, Any]:
-        return {"overall": self.overall.to_json(), "clients": self.clients_to_json()}
+        spread = {"spread": spread} if len(self.clients) > 1 and (spread := self.spread()) else {}
+        return {"overall": self.overall.to_json(), "clients": self.clients_to_json(), **spread}
+
+    def spread(self) -> dict[str, Any]:
+        """How the clients fare, each counted once: the mean of their losses, and that of the worst tenth of them."""
+        losses = sorted((f.loss for f in self.clients.values() if f.tokens), reverse=True)
+        worst = losses[: -(-len(losses) // 10)]
+        if not losses:
+            return {}
+        mean, tail = math.fsum(losses) / len(losses), math.fsum(worst) / len(worst)
+        return {"clients": len(losses), "mean_loss": _finite(mean), "worst_decile_loss": _finite(tail)}
 
     def to_sums(self) -> dict[str, int | float]:
         """The overall sums as facts for a message."""
         return {f"eval_{name}": getattr(self.overall, name) for name in Figures.__dataclass_fields__}
 
     @classmethod
-    def from_sums(cls, sums: Mapping[str, Mapping[str, Any]]) -> "EvaluationReport":
-        """From what `to_sums` returned at each client; other keys are ignored. The order of clients is irrelevant."""
+    def from_sums(cls, sums: Mapping[str, Mapping[str, Any]], min_clients: int = 1) -> "EvaluationReport":
+        """From what `to_sums` returned at each client; other keys are ignored. The order of clients is irrelevant.
+        Of fewer than `min_clients` nothing is reported: their figures would be about somebody."""
         fields = Figures.__dataclass_fields__
+        if len(sums) < min_clients:
+            return cls(Figures(), {})
         return cls.of({name: Figures(**{f: facts[f"eval_{f}"] for f in fields}) for name, facts in sums.items()})
 
     @classmethod

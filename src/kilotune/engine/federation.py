@@ -1,36 +1,43 @@
 """Federation: the server's side of all rounds. It sees requests and replies only, so simulated, in-process and
 deployed runs pass through this one loop.
 
-One round: choose clients → send each what it missed of the ledger → collect payloads → combine → encode what
-everybody (this server included) will decode and apply → append to the ledger. The append is the commit: a server
-killed before it repeats the round with the same result, killed after it goes on with the next.
+One round: choose clients → send each what it missed of the ledger → collect payloads into the round's book → judge,
+bound and combine them (intake, guard) → encode what everybody (this server included) will decode and apply → append to
+the ledger. The append is the commit: a server killed before it goes on with the round and comes to the same result,
+killed after it goes on with the next.
 """
 
-import hashlib
 import time
 from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from kilotune.aggregation import Gathering
 from kilotune.aggregation.seed_sum import SeedSum, pack_probabilities, probabilities
 from kilotune.core.errors import FederationError, WireError
 from kilotune.core.rng import stream
-from kilotune.core.types import SeedUpdate, State, Update, WireContext
+from kilotune.engine.book import Book
+from kilotune.engine.clashes import warnings
 from kilotune.engine.compose import Plan
 from kilotune.engine.evaluation import EvaluationReport
-from kilotune.engine.files import read_tensors, write_tensors
-from kilotune.engine.flower.messages import Exchange, Reply, Request
-from kilotune.engine.ledger import Contribution, Ledger
-from kilotune.engine.replica import Replica, coordinates
-from kilotune.engine.tally import COUNTED, Answer, Tally, outer_step
-from kilotune.engine.worker import peak_rss
+from kilotune.engine.flower.messages import Exchange, Facts, Request
+from kilotune.engine.gate import Gate
+from kilotune.engine.guard import Guard
+from kilotune.engine.intake import Intake, numbers
+from kilotune.engine.late import AtWork, Lateness
+from kilotune.engine.ledger import Ledger
+from kilotune.engine.outcome import ServerState, outcome
+from kilotune.engine.pace import Pace
+from kilotune.engine.private import private_rounds
+from kilotune.engine.replica import Replica
+from kilotune.engine.roster import Roster
+from kilotune.engine.secure.rounds import SecureRound
+from kilotune.engine.tally import Answer, Tally
+from kilotune.engine.withdrawn import withdrawn
 
 Emit = Callable[[dict[str, Any]], None]
 NEWCOMER_S = 60.0  # how long a round waits for the first word of clients that are new or back
-FAREWELL_S = 60.0  # how long a client that is away at the very end is waited for
 
 
 class Federation:
@@ -53,21 +60,35 @@ class Federation:
         self.plan, self.replica, self.ledger, self.exchange = plan, replica, ledger, exchange
         self.folder, self.emit, self._evaluate, self._shared = folder, emit, evaluate, shared
         self.tally = Tally()
-        self._known: dict[str, int] = {}  # rounds each client holds
-        self._states: dict[str, State] = {"aggregation": {}, "optimizer": {}, "downlink": {}}
+        self._state = ServerState(folder / "state")
+        self._guard = Guard(plan, replica, self._state.guard)
+        self.privacy = private_rounds(plan, ledger, folder, clients_measure=evaluate is None)
+        self._roster = Roster(plan, replica.base.digest, ledger, exchange, self.tally, self.privacy, emit, shared)
+        self._pace = Pace()
+        self._at_work = AtWork(exchange, 0 if shared else plan.recipe.staleness.max)
+        self._book = Book(
+            folder / "contributions", self.privacy.keeps(plan.recipe.keep_contributions), self._guard.enabled
+        )
+        score = None if evaluate is None else lambda: evaluate(replica).overall.loss
+        self._gate = Gate(plan.recipe.defences, replica, self._state.guard, score)
 
     # -- life of a run ----------------------------------------------------------------------------------------
 
     def run(self) -> dict[str, EvaluationReport]:
         """All rounds that are missing; returns the evaluations before and after."""
         self._resume()
-        self.greet()
+        self._roster.greet(self._present())
+        for text in warnings(self.plan) if len(self._roster.known) > 1 else ():
+            self.emit({"event": "warning", "text": text})
         first = self.evaluate(0) if not self.ledger.records else None
         best, without_gain = float("inf"), 0
         last = first
         rounds = self.plan.recipe.rounds or 0
         every = self.plan.recipe.evaluation.every
         for number in range(len(self.ledger) + 1, rounds + 1):
+            if why := self.privacy.exhausted(sorted(self._roster.known)):
+                self.emit({"event": "stopped", "round": number - 1, "why": why})
+                break
             self.round(number)
             last = None
             if every and number % every == 0 and number != rounds:
@@ -78,187 +99,181 @@ class Federation:
                     self.emit({"event": "stopped", "round": number, "why": "no better loss"})
                     break
         after = last if last is not None else self.evaluate(len(self.ledger))
-        self.finish()
+        self._at_work.drop(list(self._at_work.on))
+        self._roster.finish()
         return {"after": after} | ({"before": first} if first is not None else {})
 
     def _resume(self) -> None:
         self.replica.replay((record.round, payload) for record, payload in self.ledger.since(self.replica.round))
         if self.ledger.records:
-            tensors, facts = read_tensors(self._state_path(len(self.ledger)))
-            for key in COUNTED:
-                setattr(self.tally, key, int(facts[key]))
-            for path, value in tensors.items():
-                owner, _, key = path.partition("/")
-                self._states[owner][key] = value
+            self._state.load(len(self.ledger), self.tally)
+            self._guard.remember(self.ledger.records)
+            self._book.settle(len(self.ledger), len(self.exchange.roster()))
 
-    def greet(self) -> None:
-        """Ask everyone reachable what they hold; refuse who follows another recipe or base."""
-        roster = self.exchange.roster()
-        self._ask(roster, self.plan.recipe.deadline_s)
-        if not self._known:
-            raise FederationError(
-                f"no client of {len(roster)} could join: see the refusals above. Check recipe and base on both ends."
-            )
-
-    def _ask(self, clients: list[str], deadline_s: float) -> None:
-        requests = {client: Request("hello", self._common()) for client in clients}
-        for client, reply in self.exchange.exchange(requests, deadline_s):
-            if reply.error is not None:
-                self.emit({"event": "client", "client": client, "status": "refused", "why": reply.error})
-                continue
-            self._known[client] = int(reply.body["round"])
-            if not self._shared:
-                self.emit({"event": "client", "client": client, "status": "joined", **_numbers(reply)})
-
-    def finish(self) -> None:
-        """Hand everyone the last rounds, so that all end with the same weights."""
-        if self._shared:
-            self.tally.down_bytes += (down_bytes := self._owed())
-            self.emit({"event": "finishing", "down_bytes": down_bytes})
-            return
-        requests = {client: self._request("finish", client, {}) for client in sorted(self._known)}
-        self.emit({"event": "finishing", "down_bytes": self._count_down(requests)})
-        for client, reply in self.exchange.exchange(requests, min(self.plan.recipe.deadline_s, FAREWELL_S)):
-            if reply.error is None:
-                self.tally.client_digests[client] = str(reply.body["digest"])
-                self._note(client, reply)
-            else:
-                self.emit({"event": "client", "client": client, "status": "error", "why": reply.error})
-
-    def _owed(self) -> int:
-        """Bytes of all rounds that clients do not hold yet."""
-        owed = [0]  # to a client that holds all rounds, all but one, ...
-        for number in range(len(self.ledger), 0, -1):
-            owed.append(owed[-1] + len(self.ledger.part(number)))
-        return sum(owed[len(self.ledger) - known] for known in self._known.values())
+    def _present(self) -> list[str]:
+        """Clients that are there; those that were withdrawn are asked nothing more and forgotten."""
+        gone = withdrawn(self.folder)
+        self._at_work.drop([client for client in gone if client in self._at_work.on])
+        for client in gone:
+            self._roster.known.pop(client, None)
+        return [client for client in self.exchange.roster() if client not in gone]
 
     # -- one round --------------------------------------------------------------------------------------------
 
     def round(self, number: int) -> None:
         """One round, committed to the ledger. Raises FederationError when too few clients answer."""
         started = time.monotonic()
-        self._ask([c for c in self.exchange.roster() if c not in self._known], NEWCOMER_S)
-        roster = sorted(self._known)
-        chosen = self.plan.schedule.sample(number, roster, stream(self.plan.recipe.seed, "schedule", number))
+        self._at_work.begin(number)
+        newcomers = [c for c in self._present() if c not in self._roster.known]
+        self._roster.ask(newcomers, min(NEWCOMER_S, self.plan.recipe.deadline_s))
+        found = self._book.open(number, self.ledger.head)
+        roster = sorted({*self._roster.known, *found} - withdrawn(self.folder))
+        chosen = self.privacy.choose(number, [c for c in roster if c not in self._at_work.on])
+        secure = self._secure(number)
+        asked = [c for c in chosen if c not in found]
+        if secure:
+            asked = secure.prepare(chosen, roster, self._roster.common())
+            chosen = secure.chosen
         progress = (number - 1) / (self.plan.recipe.rounds or 1)
         grouped = bool(self.plan.recipe.clients)
-        requests = {
-            c: self._request(
-                "train",
-                c,
-                {"round": number, "progress": progress, "group": self.plan.group_of(c, roster) if grouped else -1},
-            )
-            for c in chosen
-        }
-        down_bytes = self._count_down(requests)
-        gathering = self.plan.aggregation.gather()
-        accepted = self._collect(number, requests, gathering)
+
+        def group_of(client: str) -> int:
+            return self.plan.group_of(client, roster) if grouped else -1
+
+        requests = self._asked(number, asked if secure else chosen, progress, group_of)
+        if secure:
+            requests = secure.with_mail(requests)
+        down_bytes = self._roster.count_down(requests)  # who answered a killed server was sent its part before
+        requests = {client: requests[client] for client in asked}
+        intake = secure or self._intake(number, group_of)
+        enough = self.plan.schedule.enough(len(chosen))
+        if self._shared:
+            requests = self._first(number, chosen, enough, requests)
+        late = self.plan.recipe.staleness.max > 0  # then who was at work answers unasked
+        for answer in intake.retake({c: facts for c, facts in found.items() if late or c in chosen}):
+            self._accepted(number, answer, found[answer.client])
+            enough -= 1
+        self._collect(number, requests, intake, enough)
+        for slow in self._pace.slow() if self.privacy.tells_clients else ():
+            self.emit({"event": "slow", "round": number, **asdict(slow)})
+        accepted = self._judged(number, intake)
+        if secure:
+            self._count_stages(secure)
         if len(accepted) < self.plan.recipe.min_clients:
             raise FederationError(
                 f"round {number}: {len(accepted)} of {len(chosen)} clients answered, min_clients is "
                 f"{self.plan.recipe.min_clients}. Run the same command again when they are back; nothing is lost."
             )
-        self._commit(number, accepted, gathering)
+        self._commit(number, intake)
+        self._book.settle(number, len(roster))
         self.emit(
             {
                 "event": "round",
                 "round": number,
                 "clients": len(accepted),
                 "asked": len(chosen),
-                "loss": float(np.mean([answer.loss for answer in accepted])),
-                "up_bytes": sum(answer.up_bytes for answer in accepted),
-                "down_bytes": down_bytes,
+                "up_bytes": sum(answer.up_bytes for answer in accepted) + (secure.up_bytes if secure else 0),
+                "down_bytes": down_bytes + (secure.down_bytes if secure else 0),
                 "seconds": time.monotonic() - started,
+                "guard_seconds": intake.guard_seconds,
                 "head": self.ledger.head,
+                **({"secure": secure.figures()} if secure else {}),
+                **self.privacy.facts([answer.loss for answer in accepted]),
             }
         )
 
-    def _common(self) -> dict[str, str | int | float | bool]:
-        return {"recipe_id": self.plan.id, "base_digest": self.replica.base.digest, "head": self.ledger.head}
+    def _asked(
+        self, number: int, clients: list[str], progress: float, group_of: Callable[[str], int]
+    ) -> dict[str, Request]:
+        """What each of these clients is sent to train on."""
+        rule = self.plan.aggregation
+        more: tuple[bytes, ...] = ()
+        if isinstance(rule, SeedSum) and rule.selection == "amplitude":
+            more = (pack_probabilities(probabilities(self._state.aggregation, self.plan.num_directions)),)
+        body: Facts = {"round": number, "progress": progress, **({"probabilities": True} if more else {})}
+        return {c: self._roster.request("train", c, {**body, "group": group_of(c)}, more) for c in clients}
 
-    def _request(self, kind: str, client: str, body: dict[str, Any]) -> Request:
-        known = self._known.get(client, 0)
-        parts = [self.ledger.part(number) for number in range(known + 1, len(self.ledger) + 1)]
-        extra: dict[str, Any] = {"first": known + 1}
-        if (
-            kind == "train"
-            and isinstance(self.plan.aggregation, SeedSum)
-            and self.plan.aggregation.selection == "amplitude"
-        ):
-            chances = probabilities(self._states["aggregation"], self.plan.num_directions)
-            parts.append(pack_probabilities(chances))
-            extra["probabilities"] = True
-        return Request(kind, {**self._common(), **extra, **body}, tuple(parts))
+    def _first(self, number: int, chosen: list[str], enough: int, requests: dict[str, Request]) -> dict[str, Request]:
+        """Whose answers come first where nobody is slow: drawn, so that no name is preferred."""
+        if enough >= len(chosen):
+            return requests
+        order = stream(self.plan.recipe.seed, "arrival", number).permutation(len(chosen))
+        first = {chosen[i] for i in order[:enough]}
+        return {client: request for client, request in requests.items() if client in first}
 
-    def _count_down(self, requests: dict[str, Request]) -> int:
-        sent = sum(sum(map(len, request.payloads)) for request in requests.values())
-        self.tally.down_bytes += sent
-        return sent
+    def _secure(self, number: int) -> SecureRound | None:
+        if not self.plan.recipe.secure_aggregation.enabled:
+            return None
+        return SecureRound(self.plan, number, self.ledger, self.exchange, self.folder, self.emit, self.replica.shapes)
 
-    def _note(self, client: str, reply: Reply) -> None:
-        self._known[client] = int(reply.body["round"])
-        self.tally.peak_rss_bytes = max(self.tally.peak_rss_bytes, int(reply.body.get("peak_rss_bytes", 0)), peak_rss())
+    def _count_stages(self, secure: SecureRound) -> None:
+        self.tally.up_bytes += secure.up_bytes
+        self.tally.down_bytes += secure.down_bytes
+        for client in secure.lost:
+            self._roster.known.pop(client, None)  # ask it again what it holds
 
-    def _collect(self, number: int, requests: dict[str, Request], gathering: Gathering) -> list[Answer]:
-        """Each reply goes into the sum as it arrives; what stays is a line about it, in order of the clients."""
-        accepted = []
-        context = self.replica.context(number)
+    def _intake(self, number: int, group_of: Callable[[str], int]) -> Intake:
+        lateness, context = Lateness(self.plan.recipe, self.ledger), self.replica.context(number)
+        gathering = self.privacy.gather(context)
+        return Intake(self.plan, number, lateness, self._guard, self._book, context, group_of, gathering)
+
+    def _collect(self, number: int, requests: dict[str, Request], intake: Intake | SecureRound, enough: int) -> None:
+        """Each reply is taken in as it arrives, up to the one that is `enough`; what stays is a line about it."""
+        requests = requests if enough > 0 else {}
         silent = set(requests)
-        for client, reply in self.exchange.exchange(requests, self.plan.recipe.deadline_s):
-            silent.discard(client)
-            event = {"event": "client", "round": number, "client": client}
-            try:
-                answer, update = self._open(client, reply, context)
-            except (WireError, KeyError) as error:
-                self._known.pop(client, None)  # ask it again what it holds
-                self.emit({**event, "status": "error", "why": str(error)})
-                continue
-            gathering.add(update, answer.num_examples)
-            self._note(client, reply)
-            self.tally.up_bytes += answer.up_bytes
-            self.tally.client_rounds += 1
-            accepted.append(answer)
-            self.emit({**event, "status": "ok", "up_bytes": answer.up_bytes, **_numbers(reply)})
-        for client in sorted(silent):
-            self._known.pop(client, None)
+        with closing(self._at_work.answers(requests, self.plan.recipe.deadline_s)) as replies:
+            for client, reply in replies if enough > 0 else ():
+                silent.discard(client)
+                try:
+                    answer = intake.take(client, reply)
+                except WireError as error:
+                    self._roster.known.pop(client, None)  # ask it again what it holds
+                    self._lost(number, client, "error", str(error))
+                    continue
+                self._roster.note(client, reply)
+                self._accepted(number, answer, reply.body)
+                if client in requests:  # with as much to do as the others
+                    self._pace.note(client, requests[client].body["group"], reply.body.get("seconds"))
+                enough -= client in requests or not requests
+                if enough == 0:
+                    silent.clear()  # the rest are not needed, which is no fault of theirs
+                    break
+        self._at_work.end(number)
+        for client in sorted(silent - self._at_work.on.keys()):
+            self._roster.known.pop(client, None)
             self.emit({"event": "client", "round": number, "client": client, "status": "missing"})
-        return sorted(accepted, key=lambda answer: answer.client)
 
-    def _open(self, client: str, reply: Reply, context: WireContext) -> tuple[Answer, Update]:
-        """Raises WireError or KeyError for a reply that cannot count."""
-        if reply.error is not None or len(reply.payloads) != 1:
-            raise WireError(reply.error or f"expected one payload, got {len(reply.payloads)}")
-        (payload,) = reply.payloads
-        count, loss = int(reply.body["num_examples"]), float(reply.body["loss"])
-        if count < 1:
-            raise WireError("reports no examples")
-        update = self.plan.uplink.decode(payload, context)
-        return Answer(client, count, loss, len(payload), hashlib.sha256(payload).hexdigest()), update
+    def _accepted(self, number: int, answer: Answer, facts: dict[str, Any]) -> None:
+        self.tally.up_bytes += answer.up_bytes
+        self.tally.client_rounds += 1
+        if not self.privacy.tells_clients:
+            return
+        told = {"event": "client", "round": number, "client": answer.client, "status": "ok"}
+        self.emit({**told, "up_bytes": answer.up_bytes, **numbers(facts)})
 
-    def _commit(self, number: int, accepted: list[Answer], gathering: Gathering) -> None:
-        weights = self.plan.aggregation.weights([answer.num_examples for answer in accepted])
-        combined = outer_step(
-            self.plan.server_optimizer, gathering.result(self._states["aggregation"]), self._states["optimizer"]
-        )
-        if isinstance(combined, SeedUpdate) and self.plan.downlink.takes == "tensors" and self.plan.basis is not None:
-            combined = coordinates(self.plan, combined)
-        payload = self.plan.downlink.encode(combined, self.replica.context(number), self._states["downlink"])
-        self.replica.apply(number, payload)
-        self._save_states(number)
-        contributions = tuple(
-            Contribution(answer.client, answer.num_examples, float(weight), answer.payload_sha256)
-            for answer, weight in zip(accepted, weights, strict=True)
-        )
-        self.ledger.append(self.plan.root(number), payload, contributions)
+    def _lost(self, number: int, client: str, status: str, why: str) -> None:
+        self.emit({"event": "client", "round": number, "client": client, "status": status, "why": why})
 
-    def _state_path(self, number: int) -> Path:
-        return self.folder / "state" / f"server-{number:05d}.safetensors"
+    def _judged(self, number: int, intake: Intake | SecureRound) -> list[Answer]:
+        early = set(intake.refused)
+        accepted = intake.judge()
+        for client in sorted(set(intake.refused) - early):
+            self._lost(number, client, "refused", intake.refused[client])
+        if self._guard.enabled:
+            self.emit(intake.event())
+        return accepted
 
-    def _save_states(self, number: int) -> None:
-        tensors = {f"{owner}/{key}": v for owner, state in self._states.items() for key, v in state.items()}
-        counts = {key: str(getattr(self.tally, key)) for key in COUNTED}
-        write_tensors(self._state_path(number), tensors, {"round": str(number), **counts})
-        self._state_path(number - 2).unlink(missing_ok=True)
+    def _commit(self, number: int, intake: Intake | SecureRound) -> None:
+        result = outcome(self.plan, self.replica, self._state, self._gate, number, intake)
+        if result.rejected is not None:
+            self.emit({"event": "rejected", "round": number, "why": result.rejected})
+        self.replica.apply(number, result.payload)
+        self._state.save(number, self.tally)
+        self._book.sync()
+        contributions = self.privacy.contributions(result.contributions)
+        with self.privacy.releasing(number):
+            record = self.ledger.append(self.plan.root(number), result.payload, contributions)
+        self._guard.remember([record])
 
     # -- evaluation -------------------------------------------------------------------------------------------
 
@@ -267,21 +282,19 @@ class Federation:
         down_bytes = 0
         if self._evaluate is not None:
             report = self._evaluate(self.replica)
+        elif self.plan.privacy is not None:
+            report = EvaluationReport.from_sums({})  # clients do not tell what they measure
         else:
-            requests = {c: self._request("evaluate", c, {}) for c in self.exchange.roster() if c in self._known}
-            down_bytes = self._count_down(requests)
+            free = self._roster.known.keys() - self._at_work.on.keys()  # who is at work is sent nothing else
+            requests = {c: self._roster.request("evaluate", c, {}) for c in self._present() if c in free}
+            down_bytes = self._roster.count_down(requests)
             sums = {}
             for client, reply in self.exchange.exchange(requests, self.plan.recipe.deadline_s):
                 if reply.error is None:
                     sums[client] = reply.body
-                    self._note(client, reply)
+                    self._roster.note(client, reply)
                 else:
                     self.emit({"event": "client", "client": client, "status": "error", "why": reply.error})
-            report = EvaluationReport.from_sums(sums)
+            report = EvaluationReport.from_sums(sums, self.plan.recipe.evaluation.min_clients)
         self.emit({"event": "evaluation", "round": number, "down_bytes": down_bytes, **report.to_json()})
         return report
-
-
-def _numbers(reply: Reply) -> dict[str, Any]:
-    keys = ("round", "num_examples", "num_held_out", "loss_first", "loss", "seconds", "peak_rss_bytes")
-    return {f"client_{k}" if k == "round" else k: reply.body[k] for k in keys if k in reply.body}

@@ -50,12 +50,19 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Contribution:
-    """One client's part in a round."""
+    """One client's part in a round: weight · scale · its update, with the coefficients of pairs cut to `limit`."""
 
     client: str
     num_examples: int
     weight: float
     payload_sha256: str
+    scale: float = 1.0
+    limit: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Without what changes nothing, so that a round in which nothing was cut has the hash it always had."""
+        content = asdict(self)
+        return {k: v for k, v in content.items() if (k, v) not in (("scale", 1.0), ("limit", None))}
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,11 @@ class Record:
     @cached_property
     def members(self) -> bytes:
         """32 bytes that stand for who took part, with what and with which weight."""
-        return hashlib.sha256(canonical([asdict(c) for c in self.contributions])).digest()
+        return hashlib.sha256(canonical([c.to_json() for c in self.contributions])).digest()
+
+    def to_json(self) -> dict[str, Any]:
+        """A line of the ledger."""
+        return {**asdict(self), "contributions": [c.to_json() for c in self.contributions]}
 
 
 def canonical(content: Any) -> bytes:
@@ -82,8 +93,13 @@ def canonical(content: Any) -> bytes:
 
 def link(previous: str, round: int, root: int, members: bytes, payload: bytes) -> str:
     """The hash of a round: what a client recomputes from what it received."""
+    return chained(previous, round, root, members, hashlib.sha256(payload).digest())
+
+
+def chained(previous: str, round: int, root: int, members: bytes, payload_sha256: bytes) -> str:
+    """`link` for who holds only the digest of the payload."""
     parts = bytes.fromhex(previous) + round.to_bytes(4, "little") + root.to_bytes(8, "little") + members
-    return hashlib.sha256(parts + hashlib.sha256(payload).digest()).hexdigest()
+    return hashlib.sha256(parts + payload_sha256).hexdigest()
 
 
 class Ledger:
@@ -97,7 +113,11 @@ class Ledger:
 
     @property
     def head(self) -> str:
-        return self.records[-1].hash if self.records else self.header.hash
+        return self.head_at(len(self.records))
+
+    def head_at(self, round: int) -> str:
+        """The head after so many rounds."""
+        return self.records[round - 1].hash if round else self.header.hash
 
     def __len__(self) -> int:
         return len(self.records)
@@ -155,7 +175,7 @@ class Ledger:
         record = replace(draft, hash=link(self.head, number, root, draft.members, payload))
         if self.folder is not None:
             write_bytes(self._payload_path(number), payload)
-            append_line(self.folder / LEDGER, canonical(asdict(record)))
+            append_line(self.folder / LEDGER, canonical(record.to_json()))
         self.records.append(record)
         self._keep(number, record.members + payload)
         return record
@@ -201,7 +221,8 @@ class Ledger:
 
     def _check(self, record: Record, payload: bytes) -> None:
         wanted = link(self.head, len(self.records) + 1, record.root, record.members, payload)
-        if record.previous != self.head or record.hash != wanted or record.round != len(self.records) + 1:
+        whole = record.payload_sha256 == hashlib.sha256(payload).hexdigest()
+        if record.previous != self.head or record.hash != wanted or record.round != len(self.records) + 1 or not whole:
             raise WireError(
                 f"ledger: round {record.round} does not follow from round {len(self.records)}: the chain is broken "
                 f"(hash {record.hash[:16]}, expected {wanted[:16]}). The run was altered or belongs to another base."

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kilotune.core.types import Batch
 
-__all__ = ["RowLosses", "answer_loss", "label_losses", "splits"]
+__all__ = ["RowLosses", "answer_loss", "example_losses", "label_losses", "splits"]
 
 IGNORE = -100
 CHUNK_NUMBERS = 1 << 24  # logits alive at once: 64 MiB in float32, and as much again for their softmax
@@ -51,6 +51,13 @@ def label_losses(model: nn.Module, batch: Batch) -> RowLosses:
     hidden, labels, rows, head = _labelled(model, batch)
     parts = [_cross_entropy(h, y, head) for h, y in _chunks(hidden, labels, head)]
     return RowLosses(torch.cat(parts) if parts else torch.zeros(0), rows)
+
+
+def example_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """(n,) float64: the mean loss of each example that has labelled tokens, in order of their numbers."""
+    found = label_losses(model, batch)
+    rows, place, count = found.rows.unique(return_inverse=True, return_counts=True)
+    return torch.zeros(len(rows), dtype=torch.float64).index_add_(0, place, found.losses.double()) / count
 
 
 def _labelled(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor, nn.Module | None]:

@@ -18,6 +18,7 @@ from kilotune.engine.filetokenizer import light_tokenizer
 from kilotune.engine.ledger import MEMBERS_BYTES
 from kilotune.engine.memory import check_memory
 from kilotune.engine.packing import cut
+from kilotune.engine.secure import costs
 from kilotune.engine.shares import split_rows
 from kilotune.engine.tokenize import Example, encode
 
@@ -111,6 +112,9 @@ def assemble(plan: Plan, facts: Facts, load: Workload, figures: slices.Figures |
         taking_part = min(load.clients, getattr(plan.schedule, "clients_per_round", load.clients))
         steps = (plan.recipe.rounds or 0) * taking_part * plan.recipe.local_steps or plan.recipe.steps or 0
         result |= {"seconds_per_step": seconds, "seconds": seconds * steps}
+        if plan.recipe.secure_aggregation.enabled:
+            result["secure_seconds_per_round"] = costs.seconds(plan, numel, taking_part)
+            result["seconds"] += result["secure_seconds_per_round"] * (plan.recipe.rounds or 0)
     return result
 
 
@@ -194,12 +198,17 @@ def payload_bytes(plan: Plan, numel: dict[str, int], clients: int) -> dict[str, 
         for share, p in zip(shares, plans, strict=True)
     )
     taking_part = min(clients, getattr(plan.schedule, "clients_per_round", clients))
-    pairs = 0.0 if bound or not size else size * (1 - (1 - 1 / size) ** (steps * taking_part))  # distinct directions
+    lists = 1 if plan.recipe.shared_directions else taking_part
+    pairs = 0.0 if bound or not size else size * (1 - (1 - 1 / size) ** (steps * lists))  # distinct directions
+    if plan.privacy is not None and plan.privacy.unit == "client":
+        pairs = size  # noise moves along every direction
     record = MEMBERS_BYTES + plan.downlink.predict_bytes(numel, round(pairs))
     down = record * clients / taking_part  # in the end everybody holds every round
     if plan.aggregation.method_name() == "seed_sum" and getattr(plan.aggregation, "selection", "") == "amplitude":
         down += 2 * size
-    return {"payload_up_bytes_per_client_round": round(up, 1), "payload_down_bytes_per_client_round": round(down, 1)}
+    up, down, added = costs.masked(plan, numel, taking_part, up, down)
+    sent = {"payload_up_bytes_per_client_round": round(up, 1), "payload_down_bytes_per_client_round": round(down, 1)}
+    return sent | added
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
@@ -218,7 +227,9 @@ def memory_bytes(
     training = _training(plan, facts, trained, load, figures)
     saving = _export_bytes(plan, trained) if federated else 0
     passing = max(training, FLOAT * _evaluation(plan, facts, load), saving)
-    return int(idle + FLOAT * stays + passing)
+    # An adapter is written, and read back over a base mapped once more, while the allocator still holds the rest.
+    proving = facts.numbers if plan.parametrization.method_name() == "peft" else 0
+    return int(idle + FLOAT * (stays + proving) + passing)
 
 
 def _copies(plan: Plan, facts: Facts, trained: int, federated: bool) -> int:
@@ -238,9 +249,9 @@ def _training(plan: Plan, facts: Facts, trained: int, load: Workload, figures: s
         return FLOAT * (logits + sides * (_forward(facts, load.peak_tokens) + facts.inner * facts.hidden))
     per_layer = KEPT_PER_HIDDEN * facts.hidden * FLOAT if figures is None else figures["layer_token_bytes"]
     rest = 0.0 if figures is None else figures["rest_token_bytes"]
-    kept = load.peak_tokens * (per_layer * facts.layers + rest)
-    if plan.recipe.checkpointing:
-        kept = load.peak_tokens * (FLOAT * facts.hidden * facts.layers + per_layer + rest)
+    again = int(plan.recipe.checkpointing * facts.layers)
+    whole_layers = min(facts.layers, facts.layers - again + 1)  # one at a time is made again
+    kept = load.peak_tokens * (FLOAT * facts.hidden * again + per_layer * whole_layers + rest)
     whole = plan.parametrization.uses_basis or plan.parametrization.method_name() == "full"
     gradients = head if whole else 0  # the head's is made with its loss and waits for the embedding's
     piled_up = trained if plan.parametrization.method_name() == "full" and max(map(len, load.steps)) > 1 else 0
@@ -279,7 +290,7 @@ def step_seconds(plan: Plan, facts: Facts, load: Workload, figures: slices.Figur
     """Seconds of a step, mean over the sampled ones."""
     total = 0.0
     # A second forward pass: half of what both took where weights have no gradients, else a third.
-    again = (1 + (1 / 2 if plan.parametrization.method_name() == "peft" else 1 / 3)) if plan.recipe.checkpointing else 1
+    again = 1 + plan.recipe.checkpointing * (1 / 2 if plan.parametrization.method_name() == "peft" else 1 / 3)
     for step in load.steps:
         tokens = sum(step)
         total += again * facts.layers * (len(step) * figures["layer_s"] + tokens * figures["layer_token_s"])

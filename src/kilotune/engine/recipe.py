@@ -31,6 +31,59 @@ class EvaluationSection(Section):
     limit: int | None = Field(200, ge=1, description="evaluation rows at most, spread evenly over the clients")
     generate: bool = Field(True, description="also generate answers (exact match, ROUGE-L); false: loss only")
     max_new_tokens: int = Field(48, ge=1, description="tokens generated per row at most")
+    min_clients: int = Field(
+        1, ge=1, description="clients whose sums a figure may be made of at least; of fewer nothing is told (deployed)"
+    )
+
+
+class DefencesSection(Section):
+    """What the server believes of a payload (docs/defences.md)."""
+
+    enabled: bool = Field(True, description="false: payloads count as they come")
+    scalar_factor: float = Field(5.0, ge=1, description="largest |scalar|, in medians of the last rounds' scalars")
+    norm_factor: float = Field(2.0, ge=1, description="largest norm of an update, in medians of the round's norms")
+    weight_cap: float = Field(2.0, ge=1, description="largest weight of a client, in 1/n of the round's n clients")
+    gate: float | None = Field(
+        None, ge=0, description="reject a round that raises the loss on the server's rows by more than this; none: off"
+    )
+
+
+class SecureSection(Section):
+    """The server sees the sum of a round's updates and no single one (docs/secure_aggregation.md)."""
+
+    enabled: bool = Field(False, description="true: clients send masked integers whose masks cancel in the sum")
+    threshold: float = Field(
+        0.6, gt=0.5, le=1, description="fraction of a round's clients that must stay to its end; lets a third drop out"
+    )
+    bits: Literal[16, 32] = Field(32, description="size of a masked number on the wire")
+    clip: float = Field(1.0, gt=0, description="largest |number| of an update; the client cuts what is larger")
+    max_clients: int = Field(
+        128, ge=2, le=4096, description="clients of a round at most; sets how fine the integers are"
+    )
+    max_weight: int = Field(1024, ge=1, description="largest weight of a client; 1 for aggregation.weighting: equal")
+    rounding: Literal["nearest", "stochastic"] = Field("nearest", description="of a number to an integer")
+
+
+class StalenessSection(Section):
+    """Answers that come after their round (docs/faults.md)."""
+
+    max: int = Field(0, ge=0, description="rounds by which an answer may be late and still count; 0: none may")
+    power: float = Field(
+        0.5, ge=0, description="a late answer weighs (1 + rounds late)^-power of an answer in time; FedAsync, a"
+    )
+
+
+class ShardingSection(Section):
+    """Tuning from which rows can be forgotten exactly (docs/unlearning.md)."""
+
+    slices: int = Field(0, ge=0, description="slices of a shard's rows, each training layers of its own; 0: off")
+    shards: int = Field(1, ge=1, description="parts of the rows that are trained apart; their changes are averaged")
+    orders: int | None = Field(
+        None, ge=1, description="orders of the slices that are kept ready; default: one beginning with each slice"
+    )
+    cumulative: bool = Field(
+        True, description="a stage also sees the slices before its own, as in S3T, figure 2; false: its own alone"
+    )
 
 
 class ClientGroup(Section):
@@ -53,7 +106,9 @@ class Recipe(Section):
     local_steps: int = Field(5, ge=1, description="optimizer steps per client and round; tune: steps between commits")
     batch_size: int = Field(16, ge=1, description="rows per optimizer step")
     micro_batch_tokens: int = Field(1024, ge=1, description="tokens per forward pass at most; bounds the activations")
-    checkpointing: bool = Field(False, description="make activations twice instead of keeping them: memory for time")
+    checkpointing: float = Field(
+        0.0, ge=0, le=1, description="share of the layers whose activations are made twice, not kept; true: all"
+    )
     precision: Literal["fp32", "bf16", "auto"] = Field(
         "fp32", description="of matrix products; auto: bf16 where this machine is measured to be faster with it"
     )
@@ -63,10 +118,20 @@ class Recipe(Section):
     threads: int | None = Field(None, ge=1, description="CPU threads; default: all cores; never changes a result")
     min_clients: int = Field(1, ge=1, description="clients that must answer for a round to count")
     deadline_s: float = Field(600.0, gt=0, description="seconds a round waits for its clients (deployed)")
+    shared_directions: bool = Field(
+        False, description="all forward-only clients of a round probe the same directions, so that each has many votes"
+    )
+    keep_contributions: Literal["auto", "always", "never"] = Field(
+        "auto", description="keep what clients sent, for withdrawals and audits; auto: up to 16 MiB a round"
+    )
     patience: int | None = Field(None, ge=1, description="stop after this many evaluations without a better loss")
 
     data: DataSection = DataSection()
     evaluation: EvaluationSection = EvaluationSection()
+    defences: DefencesSection = DefencesSection()
+    secure_aggregation: SecureSection = SecureSection()
+    staleness: StalenessSection = StalenessSection()
+    sharding: ShardingSection = ShardingSection()
     clients: tuple[ClientGroup, ...] = ()
 
     partition: Spec | None = None
@@ -79,9 +144,17 @@ class Recipe(Section):
     aggregation: Spec | None = None
     server_optimizer: Spec | None = None
     schedule: Spec | None = None
+    privacy: Spec | None = None
 
 
-SECTIONS: dict[str, type[Section]] = {"data": DataSection, "evaluation": EvaluationSection}
+SECTIONS: dict[str, type[Section]] = {
+    "data": DataSection,
+    "evaluation": EvaluationSection,
+    "defences": DefencesSection,
+    "secure_aggregation": SecureSection,
+    "staleness": StalenessSection,
+    "sharding": ShardingSection,
+}
 PARTS: dict[str, str] = {
     "partition": "partition",
     "parametrization": "parametrization",
@@ -93,8 +166,9 @@ PARTS: dict[str, str] = {
     "aggregation": "aggregation",
     "server_optimizer": "optimizer",
     "schedule": "schedule",
+    "privacy": "privacy",
 }
 """Recipe key -> kind folder."""
 
-FEDERATED_ONLY = ("partition", "aggregation", "server_optimizer", "schedule", "clients")
+FEDERATED_ONLY = ("partition", "aggregation", "server_optimizer", "schedule", "clients", "privacy")
 """Keys that mean nothing to a recipe that is tuned on one machine."""

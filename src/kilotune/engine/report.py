@@ -32,8 +32,10 @@ def write_report(run: RunFolder) -> Path:
     body = [
         _head(name, recipe),
         _state(recipe, summary, history, unit),
+        _withdrawals(run),
         cards(_headline(recipe, summary, history, parts, unit)),
         section("Curves", charts(history, parts, unit)),
+        section("Privacy", _privacy(summary.get("privacy"))),
         section("Clients", clients_table(parts, history)),
         section("Refused, failed and missing clients", incidents_table(history)),
         section("Bytes on the socket", socket_table(summary.get("socket"))),
@@ -69,6 +71,16 @@ def _state(recipe: Facts, summary: Facts, history: History, unit: str) -> str:
     return "".join(note(line, "warn") for line in lines)
 
 
+def _withdrawals(run: RunFolder) -> str:
+    """Whose part was taken out of this run."""
+    lines = []
+    for event in run.events():
+        if event["event"] == "withdrawal":
+            what = "was taken out of every round" if event["how"] == "subtract" else "left; its rounds were taken back"
+            lines.append(f"Client {event['client']} {what}. See withdrawal-*.json, the signed certificate.")
+    return "".join(note(line, "warn") for line in lines)
+
+
 # -- headline ---------------------------------------------------------------------------------------------------
 
 
@@ -86,6 +98,7 @@ def _headline(
     outputs = summary.get("outputs") or {}
     if "seed_file_bytes" in outputs:
         items.append(("Seed file", human_bytes(outputs["seed_file_bytes"]), "the whole fine-tune"))
+    items += _secure(history)
     items.append(_length(recipe, summary, history, parts, unit))
     if "peak_rss_bytes" in summary:
         items.append(("Peak memory", human_bytes(summary["peak_rss_bytes"]), "largest process"))
@@ -124,6 +137,26 @@ def _traffic(summary: Facts, history: History) -> list[tuple[str, str, str]]:
     ]
 
 
+def _secure(history: History) -> list[tuple[str, str, str]]:
+    """What secure aggregation cost, of the rounds that have it."""
+    rounds = [r for r in history.rounds if "secure" in r]
+    if not rounds:
+        return []
+    clients = sum(r["clients"] for r in rounds)
+    up, down = (sum(r["secure"][f"added_{way}_bytes"] for r in rounds) / max(1, clients) for way in ("up", "down"))
+    spent = sum(r["secure"]["seconds"] for r in rounds) / len(rounds)
+    clipped = sum(r["secure"]["clipped_frac"] for r in rounds) / len(rounds)
+    return [
+        (
+            "Secure aggregation",
+            f"+{human_bytes(up)} up, +{human_bytes(down)} down",
+            "per client and round, in the above",
+        ),
+        ("Its stages", human_seconds(spent), "per round, beside training"),
+        ("Numbers clipped", f"{_percent_number(clipped)} %", "by the clients, to secure_aggregation.clip"),
+    ]
+
+
 def _length(recipe: Facts, summary: Facts, history: History, parts: dict[str, Part], unit: str) -> tuple[str, str, str]:
     if unit == "step":
         done, small = summary.get("steps", history.steps[-1]["step"] if history.steps else 0), ""
@@ -133,6 +166,23 @@ def _length(recipe: Facts, summary: Facts, history: History, parts: dict[str, Pa
         small = "" if history.alone else f"{clients:,} client{'s' if clients != 1 else ''}"
     planned = recipe.get(f"{unit}s")
     return f"{unit.capitalize()}s", f"{done:,}" if summary or not planned else f"{done:,} of {planned:,}", small
+
+
+def _privacy(told: Facts | None) -> str:
+    """What may be said of everything this run has released."""
+    if not told:
+        return ""
+    items = [
+        ("Guarantee", f"epsilon {told['epsilon']:.4g}, delta {told['delta']:g} for each {told['unit']}"),
+        ("Neighbouring data", told["neighbours"]),
+        ("Sampling", told["sampling"]),
+        ("Rounds", told.get("rounds")),
+        ("Clip", told["clip"]),
+        ("Noise multiplier", told["noise_multiplier"] or "each client's own, see its privacy.json"),
+        ("Budget", told["budget"]),
+        ("Accountant", told.get("accountant")),
+    ]
+    return facts([(name, str(value)) for name, value in items if value is not None])
 
 
 # -- what it is and how to use it ---------------------------------------------------------------------------------

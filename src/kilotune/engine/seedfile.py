@@ -18,7 +18,7 @@ MAGIC = b"KTS1"
 
 def pack(ledger: Ledger) -> bytes:
     """The ledger as one file's bytes."""
-    facts = canonical({"header": asdict(ledger.header), "records": [asdict(r) for r in ledger.records]})
+    facts = canonical({"header": asdict(ledger.header), "records": [r.to_json() for r in ledger.records]})
     parts = [MAGIC, len(facts).to_bytes(4, "little"), facts]
     for record in ledger.records:
         payload = ledger.payload(record.round)

@@ -149,6 +149,7 @@ def finish(
         "payload_up_bytes_per_client_round": round(tally.up_bytes / rounds_done, 1),
         "payload_down_bytes_per_client_round": round(tally.down_bytes / rounds_done, 1),
         "peak_rss_bytes": max(peak_rss(), tally.peak_rss_bytes),
+        **federation.privacy.summary(),
         "client_digests": {c: d for c, d in tally.client_digests.items() if d != "shared"},
         "outputs": outputs,
         **(extra or {}),
@@ -206,6 +207,10 @@ def write_outputs(run: RunFolder, plan: Plan, replica: Replica, ledger: Ledger |
 
 def tune(plan: Plan, output: Path, emit: Emit) -> dict[str, Any]:
     """One machine alone; returns the summary."""
+    if plan.recipe.sharding.slices:
+        from kilotune.engine.sharded import tune_sharded  # which builds on this module
+
+        return tune_sharded(plan, output, emit)
     if plan.parametrization.uses_basis:
         return federate(as_federation(plan), output, emit, plan.recipe.steps)
     started = time.monotonic()
@@ -227,8 +232,8 @@ def tune(plan: Plan, output: Path, emit: Emit) -> dict[str, Any]:
             "rounds": 0,
             "clients": 1,
             **common_facts(run, plan, replica, reports, time.monotonic() - started),
-            "peak_rss_bytes": peak_rss(),
             "outputs": write_outputs(run, plan, replica, None),
+            "peak_rss_bytes": peak_rss(),
         }
         close(run, summary)
         return summary

@@ -17,6 +17,8 @@ from kilotune.engine.data import Row
 from kilotune.engine.flower.messages import Handler, Reply, Request
 from kilotune.engine.ledger import Ledger
 from kilotune.engine.replica import Replica
+from kilotune.engine.secure.client import Vault
+from kilotune.engine.secure.participant import new_vault
 from kilotune.engine.tokenize import Example
 from kilotune.engine.worker import Evaluate, Worker, head_after
 
@@ -46,6 +48,7 @@ class Simulation:
         self._ledger, self._genesis = ledger, ledger.header.hash
         self._standings = standings(ledger)
         self._log = RoundLog(folder / "state")
+        self._attempt, self._vaults = "", dict[str, Vault]()  # of secure aggregation, for one attempt at a round
         self._examples: OrderedDict[str, list[Example]] = OrderedDict()  # the last ones in use
         self._num_kept = 0
         if sum(rows.counts.values()) <= KEPT_ROWS:
@@ -80,11 +83,23 @@ class Simulation:
             progress=lambda line: self._emit({"event": "progress", "what": f"{client}: {line}"}),
             log=self._log,
             link=self._link,
+            vault=self._vault(client, request),
         )
         worker.round, worker.head = self._standings.get(client, (0, self._genesis))
         reply = worker.handle(request)
         self._standings[client] = (worker.round, worker.head)
         return reply
+
+    def _vault(self, client: str, request: Request) -> Vault | None:
+        """The client's secrets of the attempt that is going on."""
+        attempt = str(request.body.get("attempt", ""))
+        if not attempt:
+            return None
+        if attempt != self._attempt:
+            self._attempt, self._vaults = attempt, {}
+        if client not in self._vaults:
+            self._vaults[client] = new_vault(self._replica.plan, self._genesis, client, None)
+        return self._vaults[client]
 
     def _link(self, number: int, head: str, part: bytes) -> str:
         """All clients are handed the ledger's own bytes, whose hash it knows."""

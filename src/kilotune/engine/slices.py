@@ -175,7 +175,7 @@ class _Slice:
         from kilotune.engine.compute import Compute
         from kilotune.engine.step import BatchObjective, train_step
 
-        recipe = self.plan.recipe.model_copy(update={"micro_batch_tokens": 1 << 30, "checkpointing": False})
+        recipe = self.plan.recipe.model_copy(update={"micro_batch_tokens": 1 << 30, "checkpointing": 0.0})
         model = self.trainable.model
         rows = examples(tokens, labels, self.vocabulary)
         gc.collect()

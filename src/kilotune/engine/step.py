@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kilotune.core.trainable import Trainable
 from kilotune.core.types import Batch, State
 from kilotune.engine.compute import Compute
-from kilotune.engine.loss import answer_loss
+from kilotune.engine.loss import answer_loss, example_losses
 from kilotune.estimator import Estimator, Objective
 from kilotune.optimizer import Optimizer
 
@@ -28,14 +28,27 @@ class StepReport:
 class BatchObjective(Objective):
     """Mean loss over the labelled tokens of a batch that is computed in micro-batches."""
 
-    def __init__(self, model: nn.Module, batches: list[Batch], compute: Compute = Compute()) -> None:
-        self._model = model
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: list[Batch],
+        compute: Compute = Compute(),
+        release: Callable[[np.ndarray], float] | None = None,
+    ) -> None:
+        self._model, self.release = model, release
         self._batches = batches
         self._compute = compute
         self._count = sum(batch.num_labels for batch in batches)
 
     def parts(self) -> list[Callable[[], Tensor]]:
         return [partial(self._share, batch) for batch in self._batches]
+
+    def examples(self) -> list[Callable[[], Tensor]]:
+        return [partial(self._examples, batch) for batch in self._batches]
+
+    def _examples(self, batch: Batch) -> Tensor:
+        with self._compute.around(self._model):
+            return example_losses(self._model, batch)
 
     def _share(self, batch: Batch) -> Tensor:
         with self._compute.around(self._model):

@@ -29,6 +29,7 @@ class Answer:
     loss: float
     up_bytes: int
     payload_sha256: str
+    discount: float = 1.0  # of the weight, for an answer that is late
 
 
 COUNTED = ("up_bytes", "down_bytes", "client_rounds", "peak_rss_bytes")

@@ -4,6 +4,7 @@ Everything a round needs beyond the request follows from (recipe, client name, r
 and asked again answers with the same bytes.
 """
 
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -15,18 +16,23 @@ import psutil
 import torch
 
 from kilotune import __version__
-from kilotune.core.errors import DataError, FederationError, KilotuneError, WireError
+from kilotune.core.errors import DataError, FederationError, KilotuneError, RunError, WireError
 from kilotune.core.rng import derive, stream
 from kilotune.core.types import SeedUpdate, State, Update, WireContext
 from kilotune.engine.batches import BatchSampler, micro_batches
+from kilotune.engine.bounds import coefficient_limit, step_stream, vocabulary_of
 from kilotune.engine.clientstate import Answer, ClientState, RoundLog
 from kilotune.engine.compose import Plan
 from kilotune.engine.compute import Compute
 from kilotune.engine.evaluation import EvaluationReport
 from kilotune.engine.files import write_bytes
-from kilotune.engine.flower.messages import Reply, Request
+from kilotune.engine.flower.messages import Facts, Reply, Request
+from kilotune.engine.identity import HistoryError
 from kilotune.engine.ledger import MEMBERS_BYTES, link
+from kilotune.engine.private import private_steps
 from kilotune.engine.replica import Replica
+from kilotune.engine.secure.client import Vault
+from kilotune.engine.secure.participant import Participant, new_vault
 from kilotune.engine.step import BatchObjective, Memory, StepReport, rate, train_step
 from kilotune.engine.tokenize import Example
 
@@ -53,15 +59,25 @@ class Worker:
         checkpoint: Path | None = None,
         log: RoundLog | None = None,
         link: Link | None = None,
+        reopen: Callable[[], Replica] | None = None,
+        vault: Vault | None = None,
     ) -> None:
         """`genesis` is the hash of the ledger's header; `keeps_rounds`: store received rounds to replay after a
         restart (a client of its own) instead of relying on the run's ledger (a simulated one). `checkpoint`: start
         from this state instead of the base. `log` holds the answers of clients that remember nothing; `link` may
-        know heads that other clients have computed."""
+        know heads that were computed before. `reopen` gives a replica at round 0, to start again when what this
+        client holds is not the server's history. `vault`: where the secrets of secure aggregation outlive this
+        object; by default they do not."""
         self.name, self.replica, self.folder = name, replica, folder
         self.train, self.held_out, self._evaluate, self._progress = train, held_out, evaluate, progress
         self._keeps_rounds, self._log, self._link = keeps_rounds, log, link or partial(head_after, replica.plan)
+        self._genesis, self._reopen = genesis, reopen
         self._state = ClientState(folder)
+        self._private = private_steps(replica.plan, folder, len(train))
+        self._secure: Participant | None = None
+        if replica.plan.recipe.secure_aggregation.enabled:
+            vault = vault or new_vault(replica.plan, genesis, name, folder if keeps_rounds else None)
+            self._secure = Participant(replica.plan, name, vault)
         self.round, self.head = 0, genesis
         if checkpoint is not None:
             self.head = replica.load(checkpoint)
@@ -72,14 +88,20 @@ class Worker:
     def handle(self, request: Request) -> Reply:
         """One request, one reply; what goes wrong for a known reason comes back as the reply's error."""
         actions = {"hello": self._hello, "train": self._train, "evaluate": self._test, "finish": self._finish}
+        if self._secure is not None:
+            actions |= dict.fromkeys(("secure.keys", "secure.shares", "secure.unmask"), self._beside_training)
         try:
             if request.kind not in actions:
                 raise WireError(f"request: got kind {request.kind!r}, expected one of {', '.join(actions)}.")
             self._same_run(request)
             return actions[request.kind](request)
+        except HistoryError:
+            raise  # a server that contradicts what it signed is not answered any more
         except DataError:
             raise  # rows that cannot be read are not the round's fault: whoever owns them has to mend them
         except KilotuneError as error:
+            if isinstance(error, RunError) and not self._keeps_rounds:
+                raise  # the disk is the run's own: to go on without this client would change the result
             return Reply(body={}, error=str(error))
 
     # -- requests ---------------------------------------------------------------------------------------------
@@ -100,21 +122,34 @@ class Worker:
     def _hello(self, request: Request) -> Reply:
         return Reply(body={"client": self.name, "version": __version__, **self._standing()})
 
-    def _standing(self) -> dict[str, str | int]:
-        return {"round": self.round, "num_examples": len(self.train), "num_held_out": len(self.held_out)}
+    def _beside_training(self, request: Request) -> Reply:
+        assert self._secure is not None, "asked for with secure aggregation only"
+        body: Facts = {"round": self.round, "attempt": request.body.get("attempt", "")}
+        return Reply(body=body, payloads=self._secure.answer(request))
+
+    def _standing(self) -> dict[str, str | int | float]:
+        counts = {"round": self.round, "num_examples": len(self.train), "num_held_out": len(self.held_out)}
+        if self._secure is not None:
+            counts = {"round": self.round}  # how many rows there are is part of the sum
+        return {"head": self.head} | counts | (self._private.facts() if self._private else {})
 
     def _train(self, request: Request) -> Reply:
         started = time.monotonic()
         number = int(request.body["round"])
         payloads = list(request.payloads)
+        mail = payloads.pop() if self._secure is not None and payloads else b""
         probabilities = payloads.pop() if request.body.get("probabilities") else None
         self._catch_up(request, payloads)
         if not self.train:
             raise FederationError(f"client {self.name!r} has no training rows.")
+        if self._secure is not None:
+            self._secure.require_keys(request)
         answer = self._answered(number)
         if answer is None:
             answer = self._compute(number, request, probabilities)
         payload, facts = answer
+        if self._secure is not None:
+            payload, facts = self._secure.masked(request, mail, payload), {"attempt": str(request.body["attempt"])}
         body: dict[str, str | int | float | bool] = {
             **self._standing(),
             **facts,
@@ -124,6 +159,8 @@ class Worker:
         return Reply(body=body, payloads=(payload,))
 
     def _test(self, request: Request) -> Reply:
+        if self.replica.plan.privacy is not None:
+            raise FederationError(f"client {self.name!r} does not tell what it measures on its own rows (privacy).")
         self._catch_up(request, list(request.payloads))
         report = self._evaluate(self.replica, self.held_out)
         return Reply(body={**self._standing(), **report.to_sums()})
@@ -137,6 +174,20 @@ class Worker:
 
     def _catch_up(self, request: Request, parts: list[bytes]) -> None:
         first = int(request.body.get("first", self.round + 1))
+        try:
+            missed, head = self._missed(request, first, parts)
+        except WireError:
+            if first > 1 or self._reopen is None:
+                raise  # the server hears of it, asks which history this client holds and sends all of its own
+            self.replica, self.round, self.head = self._reopen(), 0, self._genesis
+            missed, head = self._missed(request, first, parts)
+        if self._keeps_rounds:
+            for number, part in missed:
+                write_bytes(self._round_path(number), part)
+        self._follow(missed, head)
+
+    def _missed(self, request: Request, first: int, parts: list[bytes]) -> tuple[list[tuple[int, bytes]], str]:
+        """The rounds this client lacks and the head they lead to, which has to be the server's."""
         missed = [(number, part) for number, part in enumerate(parts, start=first) if number > self.round]
         head = self.head
         for expected, (number, part) in enumerate(missed, start=self.round + 1):
@@ -148,10 +199,7 @@ class Worker:
                 f"client {self.name!r} comes to ledger head {head[:16]} after round {self.round + len(missed)}, "
                 f"the server {str(request.body['head'])[:16]}: their histories differ."
             )
-        if self._keeps_rounds:
-            for number, part in missed:
-                write_bytes(self._round_path(number), part)
-        self._follow(missed, head)
+        return missed, head
 
     def _follow(self, parts: list[tuple[int, bytes]], head: str) -> None:
         """Take these rounds; a replica that is shared may hold them already."""
@@ -163,6 +211,8 @@ class Worker:
         if self.replica.round != number - 1:
             raise WireError(f"asked to train round {number}, but the model stands at round {self.replica.round}.")
         plan = self.replica.plan.for_group(int(request.body["group"]))
+        if self._private:
+            self._private.charge(self.name, number, self.head, plan.recipe.local_steps)
         memory, codec_state = self._state.before(number)
         context = self.replica.context(number)
         if probabilities is not None:
@@ -171,15 +221,24 @@ class Worker:
         trainable.begin(context.root, plan.estimator.forward_only)
         try:
             steps = self._steps(plan, number, memory, float(request.body["progress"]))
-            update: Update = trainable.update() if plan.uplink.takes == "tensors" else pairs(steps)
+            factor = rate(plan.recipe.lr_schedule, plan.recipe.warmup_frac, float(request.body["progress"]))
+            limit = coefficient_limit(plan, vocabulary_of(self.replica.base.model), factor)
+            update: Update = trainable.update() if plan.uplink.takes == "tensors" else pairs(steps, limit)
             _require_finite(update, self.name)
             sender = stream(plan.recipe.seed, "codec", self.name, number)
             sending = WireContext(context.round, context.root, context.shapes, context.size, sender)
-            payload = plan.uplink.encode(update, sending, codec_state)
+            if self._secure is not None:
+                payload = self._secure.integers(update, len(self.train), steps[-1].loss, number)
+            else:
+                payload = plan.uplink.encode(update, sending, codec_state)
         finally:
             trainable.rollback()
-        facts: dict[str, str | int | float] = {"loss_first": steps[0].loss, "loss": steps[-1].loss}
+        facts: dict[str, str | int | float] = {}
+        if not self._private:
+            facts = {"loss_first": steps[0].loss, "loss": steps[-1].loss}
         self._remember(number, memory, codec_state, (payload, facts))
+        if self._private:
+            self._private.settle()
         return payload, facts
 
     def _steps(self, plan: Plan, number: int, memory: Memory, progress: float) -> list[StepReport]:
@@ -189,14 +248,16 @@ class Worker:
         pad_id = self.replica.base.tokenizer.pad_token_id
         reports = []
         for step in range(recipe.local_steps):
-            rows = [self.train[i] for i in sampler.indices((number - 1) * recipe.local_steps + step)]
+            at = (number - 1) * recipe.local_steps + step
+            rows = [self.train[i] for i in (self._private.batch() if self._private else sampler.indices(at))]
             batches = micro_batches(rows, recipe, self.replica.model, pad_id)
-            objective = BatchObjective(self.replica.model, batches, Compute.of(recipe))
-            rng = stream(recipe.seed, "step", self.name, number, step)
+            release = self._private.slope if self._private else None
+            objective = BatchObjective(self.replica.model, batches, Compute.of(recipe), release)
+            rng = step_stream(recipe, self.name, number, step)
             reports.append(
                 train_step(self.replica.trainable, plan.estimator, plan.optimizer, objective, memory, factor, rng)
             )
-            self._progress(f"round {number} step {step + 1}/{recipe.local_steps} loss {reports[-1].loss:.3f}")
+            self._progress(f"round {number} step {step + 1}/{recipe.local_steps} {_told(reports[-1].loss)}")
         return reports
 
     def _set_probabilities(self, packed: bytes) -> None:
@@ -214,9 +275,12 @@ class Worker:
         parts: list[tuple[int, bytes]] = []
         head = self.head
         while (path := self._round_path(self.round + len(parts) + 1)).exists():
-            number = self.round + len(parts) + 1
-            parts.append((number, path.read_bytes()))
-            head = self._link(number, head, parts[-1][1])
+            number, part = self.round + len(parts) + 1, path.read_bytes()
+            try:
+                head = self._link(number, head, part)
+            except HistoryError:
+                break  # the file was altered on this disk: the server is asked for it again
+            parts.append((number, part))
         self._follow(parts, head)
 
     def _answered(self, number: int) -> Answer | None:
@@ -235,17 +299,22 @@ class Worker:
             self._state.save(number, self.head, remembered, answer)
 
 
+def _told(loss: float) -> str:
+    return f"loss {loss:.3f}" if math.isfinite(loss) else ""
+
+
 def head_after(plan: Plan, number: int, head: str, part: bytes) -> str:
     """The ledger's head after a round of which this part was received."""
     return link(head, number, plan.root(number), part[:MEMBERS_BYTES], part[MEMBERS_BYTES:])
 
 
-def pairs(steps: list[StepReport]) -> SeedUpdate:
-    """The seed log of forward-only steps; a step without a finite slope left none."""
+def pairs(steps: list[StepReport], limit: float | None = None) -> SeedUpdate:
+    """The seed log of forward-only steps; a step without a finite slope left none, none is larger than `limit`."""
     logged = [s for s in steps if s.index is not None]
-    return SeedUpdate(
-        np.array([s.index for s in logged], dtype=np.int64), np.array([s.coef for s in logged], dtype=np.float32)
-    )
+    coefs = np.array([s.coef for s in logged], dtype=np.float32)
+    if limit is not None:
+        coefs = np.clip(coefs, np.float32(-limit), np.float32(limit))
+    return SeedUpdate(np.array([s.index for s in logged], dtype=np.int64), coefs)
 
 
 def peak_rss() -> int:

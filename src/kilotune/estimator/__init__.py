@@ -20,11 +20,21 @@ __all__ = ["Estimate", "Estimator", "Objective", "Sink", "State", "Trainable"]
 
 
 class Objective(ABC):
-    """The loss of one batch as a sum of parts (micro-batches); every call sees the same rows."""
+    """The loss of one batch as a sum of parts (micro-batches); every call sees the same rows.
+
+    `release`, where there is one, is all an estimator may tell of the slopes of single examples: it takes them, (n,),
+    and gives the one number to use (example-level privacy).
+    """
+
+    release: Callable[[np.ndarray], float] | None = None
 
     @abstractmethod
     def parts(self) -> list[Callable[[], Tensor]]:
         """Each returns a float32 scalar; their sum is the mean loss over the batch's labelled tokens."""
+
+    def examples(self) -> list[Callable[[], Tensor]]:
+        """Each returns the mean losses (n,) of some examples, always in one order; together they are all examples."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ Memory: inference plus one scratch tensor.
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from pydantic import Field
@@ -20,12 +22,15 @@ from kilotune.core.lazy import no_grad, torch
 from kilotune.core.trainable import Direction
 from kilotune.estimator import Estimate, Estimator, Objective, Sink, State, Trainable
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 SAFETY = 0.1  # of the largest stable rate 2/tr H this is one twentieth: slopes of single batches are noisy
 NUM_PROBES = 5
 
 
 class ZerothOrder(Estimator):
-    gives = frozenset({"seed_log", "curvature"})
+    gives = frozenset({"seed_log", "curvature", "example_slopes"})
     forward_only: ClassVar[bool] = True
 
     epsilon: float = Field(1e-3, gt=0, description="size of the probe, in units of the basis' scale; MeZO: 1e-3")
@@ -41,14 +46,13 @@ class ZerothOrder(Estimator):
         if step % self.probe_every == 0 and "measure" in state:
             self._measure(objective, trainable, rng, state)
         direction = trainable.draw(rng)
-        plus, minus = self._both(objective, trainable, direction)
+        loss, slope = self._look(objective, trainable, direction)
         state["step"] = torch.tensor(step + 1)
-        slope = (plus - minus) / (2 * self.epsilon)
         if not math.isfinite(slope):
-            return Estimate(plus)  # a step without a finite slope moves nothing
+            return Estimate(loss)  # a step without a finite slope moves nothing
         slope = float(np.float32(self._limited(slope, state)))
         trainable.slope(direction, slope, sink)
-        return Estimate((plus + minus) / 2, direction.index, slope)
+        return Estimate(loss, direction.index, slope)
 
     def suggested_lr(self, state: State) -> float | None:
         """SAFETY / tr H; asking for it (even before the first step) switches the measurement on."""
@@ -58,6 +62,25 @@ class ZerothOrder(Estimator):
     @no_grad
     def _both(self, objective: Objective, trainable: Trainable, direction: Direction) -> tuple[float, float]:
         return trainable.both(direction, self.epsilon, objective.parts())
+
+    def _look(self, objective: Objective, trainable: Trainable, direction: Direction) -> tuple[float, float]:
+        """(loss, slope) along a direction; no loss where single examples are hidden."""
+        if objective.release is not None:
+            return math.nan, objective.release(self._slopes(objective, trainable, direction))
+        plus, minus = self._both(objective, trainable, direction)
+        slope = (plus - minus) / (2 * self.epsilon)
+        return (plus + minus) / 2 if math.isfinite(slope) else plus, slope
+
+    @no_grad
+    def _slopes(self, objective: Objective, trainable: Trainable, direction: Direction) -> np.ndarray:
+        """(n,) float64: every example's own slope."""
+        slopes = []
+        for part in objective.examples():
+            seen: list[Tensor] = []  # one part at a time is looked at from the plus side, then from the other
+            trainable.both(direction, self.epsilon, [partial(_noted, part, seen)])
+            plus, minus = seen
+            slopes.append((plus - minus).double() / (2 * self.epsilon))
+        return torch.cat(slopes).numpy()
 
     def _measure(self, objective: Objective, trainable: Trainable, rng: np.random.Generator, state: State) -> None:
         with torch.no_grad(), trainable.perturbed(None, 0.0):
@@ -84,6 +107,11 @@ class ZerothOrder(Estimator):
         limited = max(-bound, min(bound, slope))
         state["square"] = torch.tensor(0.9 * square + 0.1 * limited * limited, dtype=torch.float64)
         return limited
+
+
+def _noted(part: Callable[[], Tensor], seen: list[Tensor]) -> Tensor:
+    seen.append(part())
+    return seen[-1].sum()
 
 
 METHOD = ZerothOrder

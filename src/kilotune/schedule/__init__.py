@@ -15,3 +15,7 @@ class Schedule(Method):
     @abstractmethod
     def sample(self, round: int, roster: list[str], rng: np.random.Generator) -> list[str]:
         """The clients of this round (rounds count from 1), a sorted sublist of the sorted roster."""
+
+    def enough(self, num_asked: int) -> int:
+        """Answers with which a round ends, whoever of the asked has not answered by then."""
+        return num_asked

@@ -17,7 +17,7 @@ import pytest
 import kilotune
 from kilotune.core.errors import FederationError
 from kilotune.engine.flower.client import serve
-from kilotune.engine.flower.keys import init_server, key_id, load_server_keys, read_join_file, revoke
+from kilotune.engine.flower.keys import init_server, key_id, load_server_keys, read_join_file, revoke, rotate
 from kilotune.engine.flower.messages import Reply, Request
 from kilotune.engine.flower.server import start_server
 
@@ -159,29 +159,68 @@ def joined_to(server, join):
 
 def test_a_stranger_is_refused_in_one_line(server, tmp_path):
     """Kills: accepting any key; trusting any certificate; retrying for ever what cannot work."""
-    mine = read_join_file(server.keys.join_path("anna"))
     other = init_server(tmp_path / "other", "127.0.0.1", 1, ["anna"])
     theirs = read_join_file(other.join_path("anna"))
     with pytest.raises(FederationError, match="certificate that the join file of 'anna' does not trust"):
         serve(joined_to(server, theirs), lambda request: Reply(), 30.0)
-    with pytest.raises(FederationError, match="does not know the key of 'anna'"):
-        serve(dataclasses.replace(joined_to(server, theirs), ca=mine.ca), lambda request: Reply(), 30.0)
+    late = init_server(server.keys.folder, "127.0.0.1", server.keys.port, ["dora"])  # after the server has started
+    with pytest.raises(FederationError, match="does not know the key of 'dora'"):
+        serve(read_join_file(late.join_path("dora")), lambda request: Reply(), 30.0)
     assert server.roster() == []
 
 
-def test_a_stolen_name_without_its_private_key_is_refused(server, tmp_path, monkeypatch):
-    """Kills: taking the key's name in the header for proof."""
-    thief = read_join_file(init_server(tmp_path / "other", "127.0.0.1", 1, ["anna"]).join_path("anna"))
+def test_a_server_with_a_good_certificate_for_another_key_is_refused(server):
+    """Kills: trusting whatever the federation's CA has signed: who holds the CA could replace the server unseen."""
     mine = read_join_file(server.keys.join_path("anna"))
+    other = dataclasses.replace(mine, server_key=server.keys.clients["bert"])
+    with pytest.raises(FederationError, match="certificate that the join file of 'anna' does not trust"):
+        serve(other, lambda request: Reply(), 30.0)
+
+
+def test_without_a_certificate_of_the_federation_nothing_is_answered(server, tmp_path):
+    """Kills: TLS that proves the server only; a certificate of any CA."""
+    mine = read_join_file(server.keys.join_path("anna"))
+    theirs = read_join_file(init_server(tmp_path / "other", "127.0.0.1", 1, ["anna"]).join_path("anna"))
+    for pair in (None, theirs):
+        trust = ssl.create_default_context(cadata=mine.ca.decode())
+        if pair is not None:
+            (tmp_path / "pair.pem").write_bytes(pair.key + pair.certificate)
+            trust.load_cert_chain(tmp_path / "pair.pem")
+        with httpx.Client(verify=trust, trust_env=False) as client, pytest.raises(httpx.TransportError):
+            client.post(f"https://{server.address}/v1/fleet/pull-messages")
+    foreign = dataclasses.replace(mine, key=theirs.key, certificate=theirs.certificate)
+    with pytest.raises(FederationError, match="did not answer"):
+        serve(foreign, lambda request: Reply(), 0.0)
+
+
+def test_a_stolen_name_without_its_private_key_is_refused(server, monkeypatch):
+    """Kills: taking the key's name in the header for proof; a certificate of one client that lets in another."""
+    thief = read_join_file(server.keys.join_path("bert"))
     monkeypatch.setattr("kilotune.engine.flower.fleet.key_id", lambda public: key_id(server.keys.clients["anna"]))
-    with pytest.raises(FederationError, match="did not accept the signature of 'anna'"):
-        serve(dataclasses.replace(joined_to(server, thief), ca=mine.ca), lambda request: Reply(), 30.0)
+    with pytest.raises(FederationError, match="does not know the key of 'bert'"):
+        serve(joined_to(server, thief), lambda request: Reply(), 30.0)
     assert server.roster() == []
 
 
-def test_only_the_calls_of_a_client_are_answered(server):
+def test_flowers_signature_is_still_asked_for_where_there_is_no_tls(tmp_path, monkeypatch):
+    """Kills: an insecure federation in which a name is enough."""
+    keys = init_server(tmp_path, "127.0.0.1", free_port(), ["anna", "bert"], insecure=True)
+    exchange = start_server(keys, keys.host, keys.port)
+    try:
+        thief = read_join_file(keys.join_path("bert"))
+        monkeypatch.setattr("kilotune.engine.flower.fleet.key_id", lambda public: key_id(keys.clients["anna"]))
+        with pytest.raises(FederationError, match="did not accept the signature of 'bert'"):
+            serve(thief, lambda request: Reply(), 30.0)
+    finally:
+        exchange.close()
+
+
+def test_only_the_calls_of_a_client_are_answered(server, tmp_path):
     """Kills: leaving Flower's unauthenticated control API, its docs or self-registration open on the same port."""
-    trust = ssl.create_default_context(cafile=str(server.keys.folder / "ca.crt"))
+    join = read_join_file(server.keys.join_path("anna"))
+    (tmp_path / "pair.pem").write_bytes(join.key + join.certificate)
+    trust = ssl.create_default_context(cadata=join.ca.decode())
+    trust.load_cert_chain(tmp_path / "pair.pem")
     known = {"flwr-public-key": key_id(server.keys.clients["anna"])}
     paths = ["control/list-runs", "control/start-run", "runtime/acquire-task", "fleet/register-node", "fleet/get-fab"]
     with httpx.Client(verify=trust, trust_env=False, base_url=f"https://{server.address}") as client:
@@ -189,19 +228,35 @@ def test_only_the_calls_of_a_client_are_answered(server):
             answer = client.post(f"/v1/{path}", headers=known | {"content-type": "application/protobuf"})
             assert answer.status_code == 403, path
         assert client.get("/docs", headers=known).status_code == 403
+        beat = "/v1/fleet/send-node-heartbeat"
         unsigned = known | {"content-type": "application/protobuf"}
-        assert client.post("/v1/fleet/send-node-heartbeat", headers=unsigned).status_code == 401
+        assert client.post(beat, headers=unsigned).status_code == 401
+        other = {"flwr-public-key": key_id(server.keys.clients["bert"])}
+        assert client.post(beat, headers=unsigned | other).status_code == 403
+        push = "/v1/fleet/push-messages"
+        assert client.post(push, headers=unsigned, content=bytes(65 << 20)).status_code == 413
+        assert client.post(push, headers=unsigned, content=iter([b"chunks"])).status_code == 415
+        assert client.post(push, headers=unsigned | {"content-encoding": "gzip"}, content=b"x").status_code == 415
+        assert client.post(beat, headers=unsigned | {"x-long": "x" * 9000}).status_code in (400, 431)
 
 
-def test_a_revoked_client_is_refused_after_a_restart(server):
-    """Kills: clients that stay in although the owner removed them."""
+def test_revoked_and_rotated_keys_are_refused_after_a_restart(server):
+    """Kills: clients that stay in although the owner removed them; an old key beside the new one."""
     keys, join = server.keys, read_join_file(server.keys.join_path("bert"))
     server.close()
     revoke(keys.folder, "bert")
+    old = read_join_file(keys.join_path("cleo"))
+    new = read_join_file(rotate(keys.folder, "cleo").join_path("cleo"))
     again = start_server(load_server_keys(keys.folder), keys.host, keys.port)
     try:
-        with pytest.raises(FederationError, match="does not know the key of 'bert'"):
-            serve(join, lambda request: Reply(), 30.0)
+        for out in (join, old):
+            with pytest.raises(FederationError, match=f"does not know the key of '{out.client}'"):
+                serve(out, lambda request: Reply(), 30.0)
+        thread = threading.Thread(target=serve, args=(new, lambda request: Reply(), 30.0))
+        thread.start()
+        assert again.wait_for(1, 30) == ["cleo"]
+        assert list(again.exchange({"cleo": Request("finish")}, 30)) == [("cleo", Reply())]
+        thread.join(30)
     finally:
         again.close()
 

@@ -5,9 +5,11 @@ import stat
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from kilotune.core.errors import FederationError
-from kilotune.engine.flower.keys import init_server, load_server_keys, read_join_file, revoke
+from kilotune.engine.flower.certificates import owner
+from kilotune.engine.flower.keys import init_server, load_server_keys, read_join_file, revoke, rotate
 
 
 def test_a_second_call_adds_clients_and_overwrites_nothing(tmp_path):
@@ -70,6 +72,35 @@ def test_a_revoked_client_is_forgotten_and_gets_a_new_key_when_enrolled_again(tm
         revoke(tmp_path, "z")
 
 
+def test_a_rotated_client_gets_a_new_key_and_its_name_in_a_new_certificate(tmp_path):
+    """Kills: a new certificate for the old key; rotation that enrols somebody new."""
+    before = init_server(tmp_path, "127.0.0.1", 8443, ["a", "b"])
+    old = read_join_file(before.join_path("a"))
+    after = rotate(tmp_path, "a")
+    new = read_join_file(after.join_path("a"))
+    assert owner(der(new.certificate)) == ("a", after.clients["a"])
+    assert owner(der(old.certificate)) == ("a", before.clients["a"])
+    assert after.clients["a"] != before.clients["a"]
+    assert after.clients["b"] == before.clients["b"]
+    assert (new.ca, new.server_key, new.federation) == (old.ca, old.server_key, old.federation)
+    x509.load_pem_x509_certificate(new.certificate).verify_directly_issued_by(x509.load_pem_x509_certificate(new.ca))
+    with pytest.raises(FederationError, match="got 'z', expected one of"):
+        rotate(tmp_path, "z")
+    (tmp_path / "ca.key").unlink()
+    with pytest.raises(FederationError, match=r"ca\.key: missing, so nothing can be certified"):
+        rotate(tmp_path, "b")
+
+
+def der(pem):
+    return x509.load_pem_x509_certificate(pem).public_bytes(Encoding.DER)
+
+
+def test_without_tls_a_federation_stays_on_its_machine(tmp_path):
+    """Kills: plain text over a real network by one careless flag."""
+    with pytest.raises(FederationError, match="expected a loopback address"):
+        init_server(tmp_path, "192.0.2.7", 8443, ["a"], insecure=True)
+
+
 @pytest.mark.parametrize("name", ["", "../up", "a b", ".hidden", "x" * 65, "a/b"])
 def test_a_client_name_that_is_no_file_name_is_refused(tmp_path, name):
     """Kills: writing a join file outside the folder."""
@@ -94,10 +125,15 @@ def test_an_existing_join_file_of_unknown_origin_is_not_overwritten(tmp_path):
         (lambda f: json.dumps(f | {"format": "other"}), "not a kilotune join file"),
         (lambda f: json.dumps({k: v for k, v in f.items() if k != "server"}), "'server' is missing"),
         (lambda f: json.dumps({k: v for k, v in f.items() if k != "ca"}), "'ca' is missing"),
+        (lambda f: json.dumps({k: v for k, v in f.items() if k != "server_key"}), "'server_key' is missing"),
+        (lambda f: json.dumps(f | {"format": "kilotune-join-1"}), "an older kilotune made it"),
+        (lambda f: json.dumps(f | {"certificate": f["ca"]}), "its certificate belongs to another key"),
+        (lambda f: json.dumps(f | {"client": "../up"}), "the client name '../up' is none"),
         (lambda f: json.dumps(f | {"client": 3}), "a field is not text"),
         (lambda f: json.dumps(f | {"key": "junk"}), "cannot use it"),
         (lambda f: json.dumps(f | {"ca": "junk"}), "cannot use it"),
         (lambda f: json.dumps(f | {"ca": ""}), "cannot use it"),
+        (lambda f: json.dumps(f | {"server_key": f["ca"]}), "cannot use it"),
     ],
 )
 def test_a_bad_join_file_is_refused_with_its_path(tmp_path, change, complaint):

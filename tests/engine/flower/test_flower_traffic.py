@@ -2,7 +2,7 @@
 
 import asyncio
 
-from kilotune.engine.flower.traffic import Meter, Relay, Traffic, Wire, listen
+from kilotune.engine.flower.traffic import Meter, Relay, Traffic, Wire, dismiss, listen
 
 
 def test_bytes_go_to_the_request_they_belong_to():
@@ -72,3 +72,13 @@ def test_the_relay_passes_on_every_byte_and_counts_it():
     assert got == down
     assert traffic.up_bytes + traffic.idle_up_bytes == len(up)
     assert traffic.down_bytes + traffic.idle_down_bytes == len(down)
+
+
+def test_a_connection_that_does_not_say_whose_it_is_is_closed():
+    """Kills: connections that cost a place for ever; clients cut off while they train."""
+    meter, gone = Meter(lambda name: None), []
+    stranger, known = Wire(lambda: gone.append("stranger")), Wire(lambda: gone.append("known"))
+    meter.add(1, stranger), meter.add(2, known)
+    meter.enter(known, "a")
+    dismiss(stranger), dismiss(known)
+    assert gone == ["stranger"]

@@ -5,15 +5,11 @@ This file and superlink.py hold all contact with Flower's internal API. Flower's
 client below it is used directly.
 """
 
-import ipaddress
 import secrets
-import ssl
 from collections.abc import Callable
 from typing import TypeVar
 
 import httpx
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from flwr.app import Message
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
 from flwr.common.serde import message_from_proto, message_to_proto
@@ -27,9 +23,12 @@ from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from kilotune.engine.flower.keys import JoinFile, key_id
+from kilotune.engine.flower.certificates import load_private
+from kilotune.engine.flower.keys import JoinFile, is_loopback, key_id
+from kilotune.engine.flower.limits import Limits
+from kilotune.engine.flower.tls import client_context
 
-TIMEOUT = httpx.Timeout(60.0, connect=10.0)  # a poll is held for 15 s
+TIMEOUT = httpx.Timeout(60.0, connect=30.0)  # a poll is held for 15 s; a handshake over 5 kbit/s may take 10 s
 SPARE_HEADERS = ("user-agent", "accept", "accept-encoding", "connection")
 T = TypeVar("T")
 
@@ -49,9 +48,8 @@ class ForgottenError(Exception):
 class FleetLink:
     """Joins, polls and answers. Raises AwayError, RefusedError and ForgottenError only."""
 
-    def __init__(self, join: JoinFile) -> None:
-        key = load_pem_private_key(join.key, None)
-        assert isinstance(key, ec.EllipticCurvePrivateKey), "read_join_file checks the kind of key"
+    def __init__(self, join: JoinFile, limits: Limits) -> None:
+        key = load_private(join.key)
         self._join = join
         self._public = public_key_to_bytes(key.public_key())
         self._node = Node()
@@ -61,10 +59,11 @@ class FleetLink:
         self._client = FleetHttpClient(f"{scheme}://{join.server}", interceptors=[signer, lean])
         self._client._client.close()
         self._client._client = httpx.Client(
-            verify=_trust(join.ca),
+            verify=client_context(join),
             timeout=TIMEOUT,
-            trust_env=not _is_loopback(join.server),
+            trust_env=not is_loopback(join.server.rsplit(":", 1)[0]),
             limits=httpx.Limits(keepalive_expiry=None),  # a client may train for long between two requests
+            event_hooks={"response": [lambda response: _bounded(response, limits.pull())]},
         )
 
     def activate(self) -> None:
@@ -86,7 +85,10 @@ class FleetLink:
     def pull(self) -> Message | None:
         """The next message, or None after the server has held the poll in vain."""
         response = self._call(lambda: self._client.PullMessages(PullMessagesRequest(node=self._node)))
-        return message_from_proto(response.messages_list[0]) if response.messages_list else None
+        try:
+            return message_from_proto(response.messages_list[0]) if response.messages_list else None
+        except Exception as error:  # Flower's own reading of foreign bytes raises what it meets
+            raise AwayError(f"it sent what is no message ({type(error).__name__})") from None
 
     def push(self, reply: Message) -> None:
         """Send a reply; pushing one twice is harmless."""
@@ -122,6 +124,11 @@ class FleetLink:
                 ) from None
             if status == httpx.codes.UNAUTHORIZED:
                 raise ForgottenError from None
+            if status == httpx.codes.REQUEST_ENTITY_TOO_LARGE:
+                raise RefusedError(
+                    f"server {self._join.server} refuses the answer of {self._join.client!r} as larger than its recipe "
+                    "needs. Use the same recipe on both ends."
+                ) from None
             raise AwayError(f"it answered with HTTP status {status}") from None
         except httpx.ConnectError as error:
             if "CERTIFICATE_VERIFY_FAILED" in str(error):
@@ -147,18 +154,13 @@ class _Lean:
         return call_next(context)
 
 
-def _trust(ca: bytes | None) -> ssl.SSLContext | bool:
-    if ca is None:
-        return False  # plain HTTP: there is no certificate to look at
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.load_verify_locations(cadata=ca.decode())
-    return context
-
-
-def _is_loopback(server: str) -> bool:
-    host = server.rsplit(":", 1)[0].strip("[]")
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+def _bounded(response: httpx.Response, limit: int) -> None:
+    """Before the body is read: its size has to be said, in range, and of the body as it is."""
+    size = response.headers.get("content-length", "")
+    plain = not {"content-encoding", "transfer-encoding"} & set(response.headers)
+    if not plain or not (size.isascii() and size.isdigit() and len(size) < 12 and int(size) <= limit):
+        response.close()
+        raise RefusedError(
+            f"the server sent a message of {size[:12] or 'unknown'} bytes, the recipe needs {limit:,} at most. "
+            "Use the same recipe on both ends."
+        )

@@ -1,11 +1,11 @@
-"""Keys of a deployed federation: a private CA, the server's certificate, and one join file per client.
+"""Keys of a deployed federation: a private CA, the server's key and certificate, and one join file per client.
 
-The server keeps the public key of every client it enrolled; a client proves its name by signing with the private key
-in its join file, so a join file is a secret. Nothing is ever overwritten: a second call adds what is missing.
+The server keeps the public key of every client it enrolled; a client proves its name by the private key and the
+certificate in its join file, so a join file is a secret. The same keys sign the messages (seals.py). Nothing is ever
+overwritten except by `rotate`: a second call of `init_server` adds what is missing.
 """
 
 import base64
-import datetime
 import hashlib
 import ipaddress
 import json
@@ -16,16 +16,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 
 from kilotune.core.errors import FederationError
+from kilotune.engine.flower.certificates import (
+    authority,
+    client_certificate,
+    load_private,
+    new_key,
+    private_pem,
+    public_pem,
+    server_certificate,
+)
 
-JOIN_FORMAT = "kilotune-join-1"
+JOIN_FORMAT = "kilotune-join-2"
+FIRST_JOIN_FORMAT = "kilotune-join-1"  # had no certificate and no key of the server
 SERVER_FORMAT = "kilotune-server-1"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-VALID = datetime.timedelta(days=3650)
+ENROLLED = 10_000  # clients of one federation at most: each is enrolled by hand
 
 
 @dataclass(frozen=True)
@@ -45,9 +54,21 @@ class ServerKeys:
         return self.folder / "server.crt"
 
     @property
+    def authority(self) -> Path:
+        """The CA's certificate, by which clients' certificates are checked."""
+        return self.folder / "ca.crt"
+
+    @property
     def key(self) -> Path:
-        """The private key of the certificate."""
+        """The private key of the certificate; it also signs every request."""
         return self.folder / "server.key"
+
+    def signing_key(self) -> ec.EllipticCurvePrivateKey:
+        """The key itself. Raises FederationError when the file holds something else."""
+        try:
+            return load_private(self.key.read_bytes())
+        except ValueError as error:
+            raise FederationError(f"{self.key}: {error}. Restore it, or make new keys in another folder.") from None
 
     def join_path(self, name: str) -> Path:
         """Where the join file of a client was written; give it to the client and delete it here."""
@@ -56,13 +77,18 @@ class ServerKeys:
 
 @dataclass(frozen=True)
 class JoinFile:
-    """What a client needs to take part. `ca` is None only in a federation made insecure on purpose."""
+    """What a client needs to take part. `ca` and `certificate` are None only in a federation made insecure on purpose.
+
+    `server_key` (PEM) is the one key the server may have: TLS and signatures are held to it.
+    """
 
     server: str
     federation: str
     client: str
     key: bytes = field(repr=False)
     ca: bytes | None = field(repr=False)
+    certificate: bytes | None = field(repr=False)
+    server_key: bytes = field(repr=False)
 
 
 def init_server(folder: Path, host: str, port: int, clients: list[str], *, insecure: bool = False) -> ServerKeys:
@@ -70,6 +96,8 @@ def init_server(folder: Path, host: str, port: int, clients: list[str], *, insec
     for name in clients:
         if not NAME.fullmatch(name):
             raise FederationError(f"client name: got {name!r}, expected letters, digits, '.', '_', '-' (at most 64).")
+    if insecure and not is_loopback(host):
+        raise FederationError(f"host: got {host!r}, expected a loopback address: without TLS it is for tests only.")
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
     if (folder / "server.json").exists():
@@ -78,10 +106,11 @@ def init_server(folder: Path, host: str, port: int, clients: list[str], *, insec
             made_for = f"{keys.host}:{keys.port}" + (" (insecure)" if keys.insecure else "")
             raise FederationError(f"{folder}: these keys are for {made_for}. Use that address or another folder.")
     else:
-        if not insecure:
-            _make_certificates(folder, host)
+        _make_keys(folder, host, insecure)
         keys = ServerKeys(folder, secrets.token_hex(8), host, port, insecure, {})
         _save(keys)
+    if len({*keys.clients, *clients}) > ENROLLED:
+        raise FederationError(f"{folder}: a federation has {ENROLLED:,} clients at most. Revoke some first.")
     for name in clients:
         if name not in keys.clients:
             keys.clients[name] = _enrol(keys, name)
@@ -102,7 +131,7 @@ def load_server_keys(folder: Path) -> ServerKeys:
         keys = ServerKeys(folder, **fields)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise FederationError(f"{path}: not a file made by kilotune server init.") from None
-    for file in () if keys.insecure else (keys.certificate, keys.key):
+    for file in (keys.key,) if keys.insecure else (keys.key, keys.certificate, keys.authority):
         if not file.exists():
             raise FederationError(f"{file}: missing. Restore it, or make new keys in another folder.")
     return keys
@@ -110,12 +139,26 @@ def load_server_keys(folder: Path) -> ServerKeys:
 
 def revoke(folder: Path, name: str) -> ServerKeys:
     """Forget a client: its join file opens nothing once the server has restarted."""
-    keys = load_server_keys(folder)
-    if name not in keys.clients:
-        raise FederationError(f"client name: got {name!r}, expected one of {', '.join(keys.clients) or 'none'}.")
+    keys = _of_enrolled(folder, name)
     del keys.clients[name]
     keys.join_path(name).unlink(missing_ok=True)
     _save(keys)
+    return keys
+
+
+def rotate(folder: Path, name: str) -> ServerKeys:
+    """A new key, certificate and join file for a client; the old ones open nothing once the server has restarted."""
+    keys = _of_enrolled(folder, name)
+    keys.join_path(name).unlink(missing_ok=True)
+    keys.clients[name] = _enrol(keys, name)
+    _save(keys)
+    return keys
+
+
+def _of_enrolled(folder: Path, name: str) -> ServerKeys:
+    keys = load_server_keys(folder)
+    if name not in keys.clients:
+        raise FederationError(f"client name: got {name!r}, expected one of {', '.join(keys.clients) or 'none'}.")
     return keys
 
 
@@ -128,39 +171,61 @@ def read_join_file(path: Path) -> JoinFile:
         raise FederationError(f"{path}: cannot read the join file ({reason}). Ask the server's owner for it.") from None
     try:
         fields = json.loads(text)
-        if not isinstance(fields, dict) or fields.get("format") != JOIN_FORMAT:
+        if not isinstance(fields, dict):
             raise ValueError("it is not a kilotune join file")
-        texts = {name: fields[name] for name in ("server", "federation", "client", "key")}
-        if not all(isinstance(value, str) and value for value in texts.values()):
-            raise ValueError("a field is not text")
-        ca = None if fields.get("insecure") is True else fields["ca"].encode()
-        private = serialization.load_pem_private_key(texts["key"].encode(), None)
-        if not isinstance(private, ec.EllipticCurvePrivateKey):
-            raise ValueError("its key is of another kind")
-        if ca is not None:
-            x509.load_pem_x509_certificate(ca)
+        if fields.get("format") == FIRST_JOIN_FORMAT:
+            raise ValueError("an older kilotune made it (`kilotune server rotate` makes a new one)")
+        if fields.get("format") != JOIN_FORMAT:
+            raise ValueError("it is not a kilotune join file")
+        return _checked(fields)
     except KeyError as error:
         raise FederationError(f"{path}: the field {error} is missing. Ask the server's owner for a new one.") from None
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise FederationError(f"{path}: cannot use it: {error}. Ask the server's owner for a new one.") from None
-    return JoinFile(texts["server"], texts["federation"], texts["client"], texts["key"].encode(), ca)
+
+
+def _checked(fields: dict[str, object]) -> JoinFile:
+    """Raises KeyError or ValueError for what cannot be used."""
+    names = ["server", "federation", "client", "key", "server_key"]
+    insecure = fields.get("insecure") is True
+    if not insecure:
+        names += ["ca", "certificate"]
+    texts = {name: fields[name] for name in names}
+    if not all(isinstance(value, str) and value for value in texts.values()):
+        raise ValueError("a field is not text")
+    found = {name: str(value) for name, value in texts.items()}
+    if not NAME.fullmatch(found["client"]):
+        raise ValueError(f"the client name {found['client']!r} is none")
+    public = public_pem(load_private(found["key"].encode()))
+    if not isinstance(load_pem_public_key(found["server_key"].encode()), ec.EllipticCurvePublicKey):
+        raise ValueError("the server's key is of another kind")
+    ca = certificate = None
+    if not insecure:
+        ca, certificate = found["ca"].encode(), found["certificate"].encode()
+        x509.load_pem_x509_certificate(ca)
+        own = x509.load_pem_x509_certificate(certificate).public_key()
+        if own.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo) != public:
+            raise ValueError("its certificate belongs to another key")
+    key, server_key = found["key"].encode(), found["server_key"].encode()
+    return JoinFile(found["server"], found["federation"], found["client"], key, ca, certificate, server_key)
 
 
 def _enrol(keys: ServerKeys, name: str) -> bytes:
-    private = ec.generate_private_key(ec.SECP256R1())
+    private = new_key()
     fields = {
         "format": JOIN_FORMAT,
         "server": address(keys.host, keys.port),
         "federation": keys.federation,
         "client": name,
-        "key": _pem(private).decode(),
+        "key": private_pem(private).decode(),
+        "server_key": public_pem(keys.signing_key()).decode(),
         "insecure": keys.insecure,
-        "ca": "" if keys.insecure else (keys.folder / "ca.crt").read_text(),
     }
+    if not keys.insecure:
+        certificate = client_certificate(keys.folder, private, name)
+        fields |= {"ca": keys.authority.read_text(), "certificate": certificate.decode()}
     _write_secret(keys.join_path(name), json.dumps(fields, indent=1).encode())
-    return private.public_key().public_bytes(
-        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
+    return public_pem(private)
 
 
 def key_id(public_key: bytes) -> str:
@@ -171,6 +236,14 @@ def key_id(public_key: bytes) -> str:
 def address(host: str, port: int) -> str:
     """HOST:PORT, with brackets around IPv6 numbers."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or number means this machine."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _save(keys: ServerKeys) -> None:
@@ -188,68 +261,16 @@ def _save(keys: ServerKeys) -> None:
     partial.replace(keys.folder / "server.json")
 
 
-def _make_certificates(folder: Path, host: str) -> None:
-    ca_key, server_key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-    ca_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "kilotune federation CA")])
-    ca_usage, server_usage = _usage(signs_certificates=True), _usage(signs_certificates=False)
-    ca = (
-        _builder(ca_name, ca_name, ca_key.public_key())
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(ca_usage, critical=True)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(ca_key.public_key()), critical=False)
-        .sign(ca_key, hashes.SHA256())
-    )
-    server_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "kilotune server")])
-    server = (
-        _builder(server_name, ca_name, server_key.public_key())
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(server_usage, critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(x509.SubjectAlternativeName(_names(host)), critical=False)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(server_key.public_key()), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
-        .sign(ca_key, hashes.SHA256())
-    )
-    _write_secret(folder / "ca.key", _pem(ca_key))
-    _write_secret(folder / "server.key", _pem(server_key))
-    (folder / "ca.crt").write_bytes(ca.public_bytes(serialization.Encoding.PEM))
-    (folder / "server.crt").write_bytes(server.public_bytes(serialization.Encoding.PEM))
-
-
-def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
-    start = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)  # a client's clock may be behind
-    builder = x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(key)
-    return builder.serial_number(x509.random_serial_number()).not_valid_before(start).not_valid_after(start + VALID)
-
-
-def _names(host: str) -> list[x509.GeneralName]:
-    names: list[x509.GeneralName] = []
-    for name in dict.fromkeys((host, "localhost", "127.0.0.1")):
-        try:
-            names.append(x509.IPAddress(ipaddress.ip_address(name)))
-        except ValueError:
-            names.append(x509.DNSName(name))
-    return names
-
-
-def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not signs_certificates,
-        key_cert_sign=signs_certificates,
-        crl_sign=signs_certificates,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
-
-
-def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
+def _make_keys(folder: Path, host: str, insecure: bool) -> None:
+    """The server's key, and with TLS the CA and the server's certificate."""
+    server = new_key()
+    _write_secret(folder / "server.key", private_pem(server))
+    if insecure:
+        return
+    ca = new_key()
+    _write_secret(folder / "ca.key", private_pem(ca))
+    (folder / "ca.crt").write_bytes(authority(ca))
+    (folder / "server.crt").write_bytes(server_certificate(folder, server, host))
 
 
 def _write_secret(path: Path, content: bytes) -> None:

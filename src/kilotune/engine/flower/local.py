@@ -74,7 +74,9 @@ class LocalExchange:
         """All clients: nothing can be out of reach here."""
         return list(self._ids)
 
-    def exchange(self, requests: dict[str, Request], deadline_s: float | None = None) -> Iterator[tuple[str, Reply]]:
+    def exchange(
+        self, requests: dict[str, Request], deadline_s: float | None = None, keep: bool = False
+    ) -> Iterator[tuple[str, Reply]]:
         """Answer the requests one after another.
 
         The deadline is for clients that can be away: here it would drop the last ones on a slow machine, and a
@@ -86,6 +88,13 @@ class LocalExchange:
             self._grid.push_messages([message])
             (reply,) = self._grid.pull_messages([message.metadata.message_id])
             yield name, decode_reply(reply)
+
+    def kept(self) -> set[str]:
+        """Nobody is ever late."""
+        return set()
+
+    def give_up(self, clients: list[str]) -> None:
+        """There is nothing to take back."""
 
     def traffic(self) -> dict[str, Traffic] | None:
         """Nothing crosses a socket."""

@@ -2,8 +2,9 @@
 
 This file and fleet.py hold all contact with Flower's internal API (tests/engine/flower/test_flower_contract.py).
 What differs from `flower-superlink`: only the Fleet calls a resident client needs are answered (no control, no runtime,
-no app bundles); only enrolled keys get in; a poll is held until there is something to fetch; messages carry their
-content inline instead of as objects to be fetched one by one; and TLS bytes are counted by the relay in front.
+no app bundles); only enrolled keys get in, with their certificate; messages are signed and a reply counts once; a poll
+is held until there is something to fetch; messages carry their content inline instead of as objects to be fetched one
+by one; and TLS bytes are counted by the relay in front.
 """
 
 import asyncio
@@ -24,21 +25,25 @@ from flwr.supercore.constant import NOOP_FEDERATION_ID, NodeStatus, TaskType
 from flwr.superlink.grid.inmemory_grid import InMemoryGrid
 from flwr.superlink.main import create_app
 
-from kilotune.core.errors import FederationError
-from kilotune.engine.flower.gate import Asgi, Gate
+from kilotune.core.errors import FederationError, WireError
+from kilotune.engine.flower.gate import HEADER_BYTES, Asgi, Gate, speaker
 from kilotune.engine.flower.keys import ServerKeys
-from kilotune.engine.flower.messages import Request, encode_request
+from kilotune.engine.flower.limits import Limits
+from kilotune.engine.flower.messages import Request, attach, decode_reply, encode_request, seal_of
+from kilotune.engine.flower.seals import Desk
+from kilotune.engine.flower.tls import CertifiedProtocol, demand_certificates
 from kilotune.engine.flower.traffic import Meter, Relay, listen
 
 START_S = 60.0
 
-Event = tuple[str, str]  # ("joined" | "left" | "replied", client name)
+Event = tuple[str, str]  # ("joined" | "left" | "replied" | what went wrong, client name)
 
 
 class ResidentState(InMemoryLinkState):
     """Flower's in-memory state that reports what happens and lets a client come back at once."""
 
     report: Callable[[str, int], None]
+    admit: Callable[[Message], None] = staticmethod(lambda message: None)
 
     def activate_node(self, node_id: int, heartbeat_interval: float) -> bool:
         """A client killed and restarted is still online for Flower, which would refuse it for a minute.
@@ -69,7 +74,12 @@ class ResidentState(InMemoryLinkState):
         return super().get_message_ins(node_id, limit, run_id=run_id)
 
     def store_message_res(self, message: Message) -> str | None:
-        """Report a reply; a late one (its request is gone) is dropped by Flower."""
+        """Report a reply; one that is refused takes nobody's place."""
+        try:
+            self.admit(message)
+        except WireError as error:
+            self.report(f"sent a reply that is refused: {error}", message.metadata.src_node_id)
+            return None
         stored = super().store_message_res(message)
         if stored is not None:
             self.report("replied", message.metadata.src_node_id)
@@ -112,16 +122,26 @@ class ResidentGrid(InMemoryGrid):
 class SuperLink:
     """The running SuperLink. Its event loop lives in a thread; `events` tells what happens."""
 
-    def __init__(self, keys: ServerKeys, listener: socket.socket) -> None:
+    def __init__(self, keys: ServerKeys, listener: socket.socket, desk: Desk, limits: Limits) -> None:
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.limits = limits
         self._app, self._state, self.grid = _flower()
-        self._state.report = self._report
+        self._state.report, self._state.admit = self._report, self._admit
         self.nodes = {name: self._state.add(key) for name, key in keys.clients.items()}
         self._names = {node_id: name for name, node_id in self.nodes.items()}
+        self._desk = desk
         self._outbox: dict[str, Message] = {}
         self._answered: set[str] = set()  # replies stored whose bytes are not booked yet
         self.meter = Meter(self._left)
-        self._gate = Gate(self._app, keys.clients, self.meter, self._has_mail, self._pushed)
+        self._gate = Gate(
+            self._app,
+            keys.clients,
+            self.meter,
+            self._has_mail,
+            self._pushed,
+            lambda name: self.limits.push(self._desk.kind(name)),
+            certified=not keys.insecure,
+        )
         self._listener, self._keys = listener, keys
         self._ready: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         self._loop: asyncio.AbstractEventLoop
@@ -144,6 +164,7 @@ class SuperLink:
         """Put a request where the client's next poll finds it."""
         message_id = secrets.token_hex(32)
         message = encode_request(request, self.grid.run.run_id, self.nodes[name], message_id, time.time())
+        attach(message, self._desk.seal(name, request.kind, request))
         if not list(self.grid.push_messages([message])):
             raise FederationError(f"the SuperLink did not take a message for {name}.")
         self._outbox[name] = message
@@ -159,6 +180,7 @@ class SuperLink:
 
     def withdraw(self, name: str) -> None:
         """Take an unanswered request back."""
+        self._desk.withdraw(name)
         message = self._outbox.pop(name, None)
         if message is not None:
             self.grid.drop([message.metadata.message_id])
@@ -172,8 +194,19 @@ class SuperLink:
         message = self._outbox.get(name)
         return message is not None and message.metadata.delivered_at == ""
 
+    def _admit(self, message: Message) -> None:
+        """Before Flower looks at a reply: it is small enough, and of the client that brings it. Raises WireError."""
+        name = speaker.get()
+        if message.metadata.src_node_id != self.nodes[name]:
+            raise WireError(f"client {name!r} brought it in the name of another")
+        kind, reply = self._desk.kind(name), decode_reply(message)
+        limit = self.limits.other if kind is None else self.limits.reply(kind)
+        if (size := sum(map(len, reply.payloads))) > limit:
+            raise WireError(f"it has {size} bytes of payload, the recipe needs {limit} at most")
+        self._desk.admit(name, reply, reply.error, seal_of(message))
+
     def _report(self, what: str, node_id: int) -> None:
-        name = self._names[node_id]
+        name = self._names.get(node_id, "a client")
         if what == "replied":
             self._answered.add(name)
         else:
@@ -213,9 +246,10 @@ class SuperLink:
         await serving
 
     def _config(self) -> uvicorn.Config:
-        keys = self._keys
-        return uvicorn.Config(
+        config = uvicorn.Config(
             self._gate,
+            http=CertifiedProtocol,
+            h11_max_incomplete_event_size=2 * HEADER_BYTES,
             log_config=None,
             log_level=logging.CRITICAL,
             access_log=False,
@@ -225,9 +259,10 @@ class SuperLink:
             ws="none",
             timeout_keep_alive=3600,  # a client may train for long between two requests
             timeout_graceful_shutdown=1,
-            ssl_keyfile=None if keys.insecure else keys.key,
-            ssl_certfile=None if keys.insecure else keys.certificate,
         )
+        if not self._keys.insecure:
+            demand_certificates(config, self._keys)
+        return config
 
 
 def _flower() -> tuple[Asgi, ResidentState, ResidentGrid]:

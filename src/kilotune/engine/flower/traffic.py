@@ -13,6 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 CHUNK = 1 << 16
+ENTER_S = 60.0  # within which a connection has to prove who it is; a handshake over 5 kbit/s takes 10 s
+STRANGERS = 256  # connections at a time that have not proved it
+PER_CLIENT = 4  # connections at a time: one that works, one that beats, two that died unnoticed
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,11 @@ class Traffic:
 class Wire:
     """One TCP connection. Bytes wait in `up`/`down` until the request they belong to is named."""
 
-    def __init__(self) -> None:
+    def __init__(self, hang_up: Callable[[], None] = lambda: None) -> None:
         self.open = True
-        self.name: str | None = None
+        self.hang_up = hang_up
+        self.owner: str | None = None  # who it proved to be
+        self.name: str | None = None  # who was answered
         self.up = self.down = 0
         self._target: tuple[str, bool] | None = None  # (client, useful) of the request being answered
 
@@ -70,6 +75,21 @@ class Meter:
         wire._target = (name, useful)
         self._add(name, useful, wire.up, wire.down)
         wire.up = wire.down = 0
+
+    def enter(self, wire: Wire, name: str) -> None:
+        """The connection has proved whose it is. Of too many, the oldest goes."""
+        if wire.owner is None:
+            wire.owner = name
+            self._trim([other for other in self.wires.values() if other.owner == name], PER_CLIENT)
+
+    def add(self, port: int, wire: Wire) -> None:
+        """A new connection, of a stranger as yet."""
+        self.wires[port] = wire
+        self._trim([other for other in self.wires.values() if other.owner is None], STRANGERS)
+
+    def _trim(self, wires: list[Wire], limit: int) -> None:
+        for old in wires[: max(0, len(wires) - limit)]:
+            old.hang_up()
 
     def closed(self, port: int) -> None:
         """Forget a connection; its unnamed bytes were idle ones."""
@@ -108,17 +128,26 @@ class Relay:
             writer.close()
             return
         port = inner_writer.get_extra_info("sockname")[1]
-        wire = self._meter.wires[port] = Wire()
+        wire = Wire(writer.transport.abort)
+        self._meter.add(port, wire)
+        patience = asyncio.get_running_loop().call_later(ENTER_S, dismiss, wire)
         inward = asyncio.create_task(_pump(reader, inner_writer, lambda size: self._meter.sent(wire, size)))
         outward = asyncio.create_task(_pump(inner_reader, writer, lambda size: self._meter.received(wire, size)))
         try:
             await asyncio.wait({inward, outward}, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            patience.cancel()
             inward.cancel()
             outward.cancel()
             for end in (writer, inner_writer):
                 end.close()
             self._meter.closed(port)
+
+
+def dismiss(wire: Wire) -> None:
+    """Close a connection that has not proved whose it is."""
+    if wire.owner is None:
+        wire.hang_up()
 
 
 def listen(host: str, port: int) -> socket.socket:

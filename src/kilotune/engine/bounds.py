@@ -1,0 +1,52 @@
+"""Bounds: what both ends of a round know of an honest client's pairs before any is sent.
+
+No loss on an answer counts for more than ln V + 2, so no slope (L₊ - L₋) / 2ε is larger than (ln V + 2) / 2ε and no
+coefficient larger than the learning rate times that. Clients keep to it, the server refuses what breaks it. With
+`shared_directions` the server also knows which directions are probed.
+"""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kilotune.core.rng import stream
+
+if TYPE_CHECKING:
+    from kilotune.core.trainable import Trainable
+    from kilotune.engine.compose import Plan
+    from kilotune.engine.recipe import Recipe
+
+ABOVE_UNIFORM = 2.0  # nats beyond the loss of a uniform guess
+
+
+def loss_cap(vocabulary: int) -> float:
+    """B: what the loss of a token counts for at most."""
+    return math.log(vocabulary) + ABOVE_UNIFORM
+
+
+def vocabulary_of(model: Any) -> int:
+    """Tokens a model chooses from."""
+    return int(model.config.get_text_config().vocab_size)
+
+
+def coefficient_limit(plan: "Plan", vocabulary: int, factor: float) -> float | None:
+    """Largest |coefficient| of a pair when the schedule multiplies the learning rate by `factor`; None where a client
+    measures its rate itself, or sends no pairs of forward passes."""
+    epsilon, rate = getattr(plan.estimator, "epsilon", None), plan.optimizer.lr
+    if not plan.recipe.defences.enabled or plan.uplink.takes != "seeds" or epsilon is None or rate == "auto":
+        return None
+    return float(rate) * factor * loss_cap(vocabulary) / (2 * float(epsilon))
+
+
+def step_stream(recipe: "Recipe", client: str, number: int, step: int) -> np.random.Generator:
+    """The draws of one local step: every client's own, or, with `shared_directions`, the same for all."""
+    if recipe.shared_directions:
+        return stream(recipe.seed, "step", number, step)
+    return stream(recipe.seed, "step", client, number, step)
+
+
+def prescribed(plan: "Plan", trainable: "Trainable", number: int) -> np.ndarray:
+    """(local_steps,) int64: the directions that every client probes in a round with `shared_directions`."""
+    draws = [trainable.draw(step_stream(plan.recipe, "", number, step)) for step in range(plan.recipe.local_steps)]
+    return np.array([direction.index for direction in draws], dtype=np.int64)
