@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from federating import write_rows
+from federating import CLIENTS, write_rows
 from kilotune.cli.main import app
 from tiny import save_tiny
 
@@ -55,12 +55,27 @@ def test_every_command_of_readme_runs(tmp_path, monkeypatch):
             words += ["--base", str(base)]
         if verb == "chat":
             words += ["--prompt", "ada on 1", "--max-new-tokens", "3"]
+        if verb == "withdraw":
+            words[2] = CLIENTS[-1]
         if verb == "evaluate":
             words += ["--max-new-tokens", "0"]
         result = runner.invoke(app, words)
         assert result.exit_code == 0, f"{' '.join(words)}\n{result.output}\n{result.exception!r}"
         ran.append(verb)
-    assert {"recipe", "data", "plan", "federate", "tune", "evaluate", "chat", "replay", "apply", "export"} <= set(ran)
+    assert {
+        "recipe",
+        "data",
+        "plan",
+        "federate",
+        "tune",
+        "evaluate",
+        "chat",
+        "replay",
+        "apply",
+        "export",
+        "doctor",
+        "withdraw",
+    } <= set(ran)
     assert (tmp_path / "tuned" / "model.safetensors").exists()
     assert (tmp_path / "adapter" / "adapter_config.json").exists()
 
