@@ -234,10 +234,14 @@ def test_only_the_calls_of_a_client_are_answered(server, tmp_path):
         other = {"flwr-public-key": key_id(server.keys.clients["bert"])}
         assert client.post(beat, headers=unsigned | other).status_code == 403
         push = "/v1/fleet/push-messages"
-        assert client.post(push, headers=unsigned, content=bytes(65 << 20)).status_code == 413
         assert client.post(push, headers=unsigned, content=iter([b"chunks"])).status_code == 415
         assert client.post(push, headers=unsigned | {"content-encoding": "gzip"}, content=b"x").status_code == 415
         assert client.post(beat, headers=unsigned | {"x-long": "x" * 9000}).status_code in (400, 431)
+    host, port = server.address.rsplit(":", 1)
+    head = "".join(f"{name}: {value}\r\n" for name, value in unsigned.items())
+    with socket.create_connection((host, int(port))) as plain, trust.wrap_socket(plain, server_hostname=host) as line:
+        line.sendall(f"POST {push} HTTP/1.1\r\nhost: {host}\r\n{head}content-length: {65 << 20}\r\n\r\n".encode())
+        assert line.recv(64).startswith(b"HTTP/1.1 413 ")  # before a byte of the body was sent
 
 
 def test_revoked_and_rotated_keys_are_refused_after_a_restart(server):
