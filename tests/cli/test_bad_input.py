@@ -422,7 +422,11 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(settings, undistur
     assert attempts >= 3
     assert ended.json["digest"] == undisturbed[1]["digest"]
     assert ended.json["ledger_head"] == undisturbed[1]["ledger_head"]
-    assert result(ended.json) == result(undisturbed[1])
+    # Parts that went out in an attempt whose round was not committed are not counted again by the next one.
+    down = "payload_down_bytes_per_client_round"
+    ended_with, alike = result(ended.json), result(undisturbed[1])
+    assert ended_with.pop(down) <= alike.pop(down)
+    assert ended_with == alike
     rounds = [event["round"] for event in RunFolder(folder).events() if event["event"] == "round"]
     assert set(rounds) <= {1, 2}
     assert kilotune("replay", folder, "--format", "json").json["verified"] is True

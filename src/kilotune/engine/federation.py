@@ -140,11 +140,10 @@ class Federation:
         def group_of(client: str) -> int:
             return self.plan.group_of(client, roster) if grouped else -1
 
-        requests = self._asked(number, asked if secure else chosen, progress, group_of)
+        requests = self._asked(number, asked, progress, group_of)
         if secure:
             requests = secure.with_mail(requests)
-        down_bytes = self._roster.count_down(requests)  # who answered a killed server was sent its part before
-        requests = {client: requests[client] for client in asked}
+        down_bytes = self._roster.count_down(requests)
         intake = secure or self._intake(number, group_of)
         enough = self.plan.schedule.enough(len(chosen))
         if self._shared:
