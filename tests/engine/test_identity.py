@@ -12,6 +12,7 @@ import kilotune
 from kilotune.core.errors import FederationError, RunError, WireError
 from kilotune.engine.flower.messages import Request
 from kilotune.engine.identity import HEADS, HistoryError, compare_heads, open_identity, read_heads
+from kilotune.engine.operations.doctor import examine
 from sealing import ask, federation, follow, history
 
 
@@ -25,6 +26,13 @@ def test_two_clients_that_were_shown_one_history_agree(tmp_path):
     found = compare_heads(tmp_path / "anna", tmp_path / "bert")
     assert (found.agree, found.rounds, found.conflict, found.proof) == (True, 2, None, None)
     assert found.clients == ("anna", "bert")
+    told = examine(None, None, None, tmp_path, (tmp_path / "anna", tmp_path / "bert"))
+    assert told["checks"][-1] == {
+        "check": "histories",
+        "ok": True,
+        "found": "anna and bert were shown the same 2 rounds",
+        "fix": "",
+    }
 
 
 def test_a_server_that_shows_two_histories_is_found_out_with_both_signatures(tmp_path):
@@ -36,6 +44,9 @@ def test_a_server_that_shows_two_histories_is_found_out_with_both_signatures(tmp
     found = compare_heads(tmp_path / "anna", tmp_path / "bert" / HEADS)
     assert (found.agree, found.rounds, found.conflict) == (False, 1, 2)
     ours, theirs = found.proof
+    told = examine(None, None, None, tmp_path, (tmp_path / "anna", tmp_path / "bert"))
+    assert not told["ok"]
+    assert told["checks"][-1]["found"].startswith("anna and bert were shown different rounds 2, both signed")
     assert (ours.statement.recipient, ours.statement.rounds) == ("anna", 2)
     assert (theirs.statement.recipient, theirs.statement.rounds) == ("bert", 3)
     assert ours.statement.head == history(b"one", b"two").head

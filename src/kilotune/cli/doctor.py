@@ -22,6 +22,10 @@ def doctor(
     recipe: Annotated[
         str | None, typer.Option("--recipe", "-r", help="Also check that there is memory for this recipe.")
     ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option("--compare", metavar="A B", help="Also compare the histories that two clients' folders hold."),
+    ] = None,
     overrides: Override = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Run folder whose disk is looked at.")
@@ -36,7 +40,7 @@ def doctor(
         if overrides and recipe is None:
             raise RecipeError("--set: nothing to set without a recipe. Name one with --recipe.")
         plan = compose_either(recipe, overrides) if recipe else None
-        result = examine(join, keys, plan, output)
+        result = examine(join, keys, plan, output, compare)
     rows = [[c["check"], "ok" if c["ok"] else "PROBLEM", c["found"], c["fix"]] for c in result["checks"]]
     show(result, format, lambda: table("", ["check", "", "found", "what to do"], rows))
     if not result["ok"]:
