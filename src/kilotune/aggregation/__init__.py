@@ -43,8 +43,6 @@ class Aggregation(Method):
     takes: ClassVar[Literal["tensors", "seeds", "any"]] = "tensors"
     linear: ClassVar[bool] = True
     """Whether the result is the sum of weight · update with weights that no update has a say in."""
-    additive: ClassVar[bool] = True
-    """Whether it is the sum of weight · update with the weights it reports, so that one client can be subtracted."""
 
     weighting: Literal["examples", "equal"] = Field(
         "examples", description="weight of a client: its number of examples, or the same for all"

@@ -25,7 +25,6 @@ class TrimmedMean(Aggregation):
 
     takes: ClassVar[Literal["tensors", "seeds", "any"]] = "any"
     linear: ClassVar[bool] = False
-    additive: ClassVar[bool] = False
 
     trim_frac: float = Field(0.2, ge=0, lt=0.5, description="part of the clients left out at either end, rounded up")
 

@@ -70,7 +70,8 @@ def _recognise(module: Any) -> tuple[Forward | None, dict[str, Any]]:
         angles = torch.arange(5.0)[:, None] / torch.arange(1.0, module.head_dim // 2 + 1)
         around = torch.cat([angles, angles], dim=-1)[None]
         hidden = _numbers(1, 5, getattr(module.q_proj, "in_features", 0))
-        return _attention, {"hidden_states": hidden, "position_embeddings": (around.cos(), around.sin())}
+        tables = (around.cos(), around.sin())
+        return _attention, {"hidden_states": hidden, "position_embeddings": tables, "attention_mask": None}
     return None, {}
 
 
@@ -89,8 +90,6 @@ def _agrees(module: nn.Module, fused: Forward, example: dict[str, Any]) -> bool:
     results = []
     for forward in (partial(fused, module), module.forward):
         inputs = {k: v.clone().requires_grad_() if isinstance(v, Tensor) else v for k, v in example.items()}
-        if forward == module.forward and fused is _attention:
-            inputs |= {"attention_mask": None}
         try:
             with torch.enable_grad():
                 output = forward(**inputs)

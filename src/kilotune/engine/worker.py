@@ -220,8 +220,8 @@ class Worker:
         trainable = self.replica.trainable
         trainable.begin(context.root, plan.estimator.forward_only)
         try:
-            steps = self._steps(plan, number, memory, float(request.body["progress"]))
             factor = rate(plan.recipe.lr_schedule, plan.recipe.warmup_frac, float(request.body["progress"]))
+            steps = self._steps(plan, number, memory, factor)
             limit = coefficient_limit(plan, vocabulary_of(self.replica.base.model), factor)
             update: Update = trainable.update() if plan.uplink.takes == "tensors" else pairs(steps, limit)
             _require_finite(update, self.name)
@@ -241,10 +241,9 @@ class Worker:
             self._private.settle()
         return payload, facts
 
-    def _steps(self, plan: Plan, number: int, memory: Memory, progress: float) -> list[StepReport]:
+    def _steps(self, plan: Plan, number: int, memory: Memory, factor: float) -> list[StepReport]:
         recipe = plan.recipe
         sampler = BatchSampler(len(self.train), recipe.batch_size, derive(recipe.seed, "batches", self.name))
-        factor = rate(recipe.lr_schedule, recipe.warmup_frac, progress)
         pad_id = self.replica.base.tokenizer.pad_token_id
         reports = []
         for step in range(recipe.local_steps):
