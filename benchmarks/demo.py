@@ -8,15 +8,19 @@ federated model on held-out rows, and leaves summary.json, report.html and final
 
 import argparse
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-KILOTUNE = [sys.executable, "-m", "kilotune"]
+from processes import enrol, federate
+
+SETTINGS = [
+    "data.system=",
+    "batch_size=8",
+    "local_steps=3",
+    "evaluation.limit=16",
+    "evaluation.max_new_tokens=40",
+]
 
 
 def main() -> None:
@@ -33,7 +37,10 @@ def main() -> None:
     rows, names = household_rows(args.output / "households.jsonl", args.households)
     prepare_base()
     print(f"{len(names)} households, {rows} rows; each client process sees only its own", flush=True)
-    summary = run(args, names)
+    keys = args.output / "keys"
+    enrol(keys, names)
+    settings = [f"rounds={args.rounds}", *SETTINGS]
+    summary = federate(keys, args.output / "households.jsonl", names, settings, args.output, args.output / "clients")
     seconds = time.monotonic() - started
     report(summary, args.output, seconds)
 
@@ -52,45 +59,6 @@ def prepare_base() -> None:
     from kilotune.engine.models import load_base
 
     load_base("smollm2-135m", writable=False)
-
-
-def run(args: argparse.Namespace, names: list[str]) -> dict:
-    """Server and clients as processes of their own; returns the server's summary."""
-    keys = args.output / "keys"
-    port = free_port()
-    enrol = [word for name in names for word in ("--client", name)]
-    subprocess.run([*KILOTUNE, "server", "init", str(keys), "--port", str(port), *enrol], check=True)
-    overrides = ["--set", f"rounds={args.rounds}", *DEMO]
-    server = [*KILOTUNE, "server", "run", "kilotune", "--keys", str(keys), "--output", str(args.output)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    clients = [
-        subprocess.Popen(
-            [
-                *(*KILOTUNE, "client", str(keys / f"{name}.join"), "--data", str(args.output / "households.jsonl")),
-                *("--only", name, "--output", str(args.output / "clients" / name), *overrides),
-            ],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=open(args.output / f"client-{name}.log", "w"),  # noqa: SIM115 - lives as long as the process
-        )
-        for name in names
-    ]
-    try:
-        done = subprocess.run([*server, *overrides, "--format", "json"], stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            sys.exit(done.returncode)
-        for client in clients:
-            client.wait(timeout=60)
-    finally:
-        for client in clients:
-            client.kill()
-    return json.loads(done.stdout)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def report(summary: dict, output: Path, seconds: float) -> None:
@@ -113,15 +81,6 @@ def report(summary: dict, output: Path, seconds: float) -> None:
     print(f"peak memory of a process: {summary['peak_rss_bytes'] / 2**30:.2f} GiB;  {seconds:.0f} s in all")
     print(f"results in {output}: report.html, summary.json, final.seed ({summary['outputs']['seed_file_bytes']} bytes)")
 
-
-DEMO_SETTINGS = [
-    "data.system=",
-    "batch_size=8",
-    "local_steps=3",
-    "evaluation.limit=16",
-    "evaluation.max_new_tokens=40",
-]
-DEMO = [word for setting in DEMO_SETTINGS for word in ("--set", setting)]
 
 if __name__ == "__main__":
     main()

@@ -9,18 +9,15 @@ steps nearly free, so that what is left is the federation; the last two rows are
 import argparse
 import json
 import os
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from common import PATIENCE_S, Measurement, alone, write_measurements
+from processes import enrol, federate
 
-KILOTUNE = [sys.executable, "-m", "kilotune"]
 WORDS = ("on", "off", "up", "down", "hot", "cold", "red", "blue")
 ROWS = 4  # per client
 M = 4096
@@ -208,9 +205,9 @@ def crowd(folder: str) -> dict[str, float]:
 
 def federated(settings: list[str], output: Path) -> dict[str, float]:
     from kilotune.engine.compose import compose
+    from kilotune.engine.memory import peak_rss
     from kilotune.engine.models import load_base
     from kilotune.engine.session import federate
-    from kilotune.engine.worker import peak_rss
 
     plan, started, rounds = compose("kilotune", "federate", settings), time.perf_counter(), []
     federate(plan, output, lambda event: rounds.append(event["seconds"]) if event["event"] == "round" else None)
@@ -276,35 +273,10 @@ def deploy(folder: Path, settings: list[str], rounds: int) -> list[tuple[float, 
     """(seconds of a round at the server, seconds of its slowest client) of every round but the first."""
     folder.mkdir()
     data, names = write_rows(folder / "rows.jsonl", 3, rows=24), [f"c{n:05d}" for n in range(3)]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    enrol = [word for name in names for word in ("--client", name)]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     keys = folder / "keys"
-    subprocess.run([*KILOTUNE, "server", "init", str(keys), "--port", port, *enrol], check=True, **quiet)
-    sets = [word for setting in [*settings, f"rounds={rounds + 1}"] for word in ("--set", setting)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    clients = [
-        subprocess.Popen(
-            [
-                *(*KILOTUNE, "client", str(keys / f"{name}.join"), "--data", str(data), "--only", name),
-                *("--wait", str(PATIENCE_S), "--output", str(folder / name), *sets),
-            ],
-            env=environment,
-            **quiet,
-        )
-        for name in names
-    ]
-    try:
-        server = [*KILOTUNE, "server", "run", "kilotune", "--keys", str(keys), "--output", str(folder / "server")]
-        subprocess.run([*server, *sets], check=True, timeout=PATIENCE_S, **quiet)
-        for client in clients:
-            client.wait(timeout=60)
-    finally:
-        for client in clients:
-            client.kill()
-            client.wait()
+    enrol(keys, names, quiet=True)
+    sets = [*settings, f"rounds={rounds + 1}"]
+    federate(keys, data, names, sets, folder / "server", folder / "clients", quiet=True, timeout_s=PATIENCE_S)
     slowest: dict[int, float] = {}
     spent = []
     for line in (folder / "server" / "metrics.jsonl").read_text(encoding="utf-8").splitlines():

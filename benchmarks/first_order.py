@@ -146,11 +146,11 @@ def our_steps(job: dict[str, Any]) -> dict[str, Any]:
     from kilotune.engine.batches import micro_batches
     from kilotune.engine.compose import build, override, read
     from kilotune.engine.compute import Compute
+    from kilotune.engine.memory import peak_rss
     from kilotune.engine.replica import Replica
     from kilotune.engine.session import open_base
     from kilotune.engine.step import BatchObjective, Memory, train_step
     from kilotune.engine.tokenize import Example
-    from kilotune.engine.worker import peak_rss
 
     changes = [f"optimizer.lr={job['lr']}", f"threads={job['threads']}"]
     plan = build(override(read(f"local_{job['method']}"), changes), "tune")

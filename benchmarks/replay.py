@@ -16,6 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import kilotune  # noqa: F401 - before torch, so that its threads wait as in a run
+
+# isort: split
 import numpy as np
 import torch
 from torch import Tensor

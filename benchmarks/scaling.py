@@ -415,7 +415,7 @@ def rss() -> int:
 
 
 def peak() -> int:
-    from kilotune.engine.worker import peak_rss
+    from kilotune.engine.memory import peak_rss
 
     return peak_rss()
 

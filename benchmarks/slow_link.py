@@ -9,17 +9,16 @@ ends with 0 only if all rounds are done and every client holds the server's weig
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from demo import DEMO, KILOTUNE, free_port, household_rows, prepare_base
+from demo import SETTINGS, household_rows, prepare_base
 from faulty_network import FaultyNetwork, Link
 from federation import TINY, save_tiny, write_rows
+from processes import enrol, federate, lead_through
 
 DEADLINE_S = 1800
 
@@ -46,50 +45,24 @@ def prepared(args: argparse.Namespace) -> tuple[Path, list[str], list[str]]:
     if args.tiny:
         save_tiny(args.output / "base")
         write_rows(data, args.clients)
-        words = [f"base={args.output / 'base'}", *TINY]
-        return data, [f"c{n:05d}" for n in range(args.clients)], [w for s in words for w in ("--set", s)]
+        return data, [f"c{n:05d}" for n in range(args.clients)], [f"base={args.output / 'base'}", *TINY]
     _, names = household_rows(data, args.clients)
     prepare_base()
-    return data, names, DEMO
+    return data, names, SETTINGS
 
 
 def run(
     args: argparse.Namespace, data: Path, names: list[str], settings: list[str]
 ) -> tuple[dict[str, Any], dict[str, Link]]:
     """Server and clients as processes; returns the server's summary and what went over the links."""
-    keys, port = args.output / "keys", free_port()
-    enrol = [word for name in names for word in ("--client", name)]
-    subprocess.run([*KILOTUNE, "server", "init", str(keys), "--port", str(port), *enrol], check=True)
-    sets = [*settings, "--set", f"rounds={args.rounds}", "--set", f"deadline_s={DEADLINE_S}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    clients: list[subprocess.Popen[bytes]] = []
+    keys = args.output / "keys"
+    port = enrol(keys, names)
+    settings = [*settings, f"rounds={args.rounds}", f"deadline_s={DEADLINE_S}"]
     with FaultyNetwork("127.0.0.1", port) as network:
         links = {name: network.link(bits_per_s=1000 * args.kbits) for name in names}
-        try:
-            for name, link in links.items():
-                words = [*KILOTUNE, "client", str(lead_through(keys / f"{name}.join", link.address)), "--only", name]
-                words += ["--data", str(data), "--wait", "600", "--output", str(args.output / "clients" / name), *sets]
-                with open(args.output / f"client-{name}.log", "wb") as log:
-                    clients.append(subprocess.Popen(words, env=environment, stdout=log, stderr=log))
-            server = [*KILOTUNE, "server", "run", "kilotune", "--keys", str(keys), "--output", str(args.output)]
-            done = subprocess.run([*server, *sets, "--format", "json"], stdout=subprocess.PIPE, text=True)
-            if done.returncode:
-                sys.exit(done.returncode)
-            for client in clients:
-                client.wait(timeout=120)
-        finally:
-            for client in clients:
-                client.kill()
-                client.wait()
-    summary: dict[str, Any] = json.loads(done.stdout)
-    return summary, links
-
-
-def lead_through(join: Path, address: str) -> Path:
-    """The join file with another way to the same server."""
-    fields = json.loads(join.read_text(encoding="utf-8"))
-    join.write_text(json.dumps(fields | {"server": address}), encoding="utf-8")
-    return join
+        for name, link in links.items():
+            lead_through(keys / f"{name}.join", link.address)
+        return federate(keys, data, names, settings, args.output, args.output / "clients"), links
 
 
 def report(args: argparse.Namespace, summary: dict[str, Any], links: dict[str, Link], seconds: float) -> int:

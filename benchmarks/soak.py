@@ -9,7 +9,6 @@ private federation is run. Ends with 0 only if every line of the report holds.
 
 import argparse
 import json
-import os
 import random
 import shutil
 import signal
@@ -21,10 +20,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from demo import KILOTUNE, free_port
 from faulty_network import FaultyNetwork, Link
 from federation import save_tiny, write_rows
-from slow_link import lead_through
+from processes import KILOTUNE, client_words, enrol, lead_through, start
 
 NAMES = [f"c{n:05d}" for n in range(8)]
 LIAR, SLOW = NAMES[3], NAMES[5]
@@ -50,10 +48,7 @@ def main() -> None:
     args.output.mkdir(parents=True)
     save_tiny(args.output / "base")
     write_rows(args.output / "rows.jsonl", len(NAMES), rows=24)
-    port = free_port()
-    enrol = [word for name in NAMES for word in ("--client", name)]
-    init = [*KILOTUNE, "server", "init", str(args.output / "keys"), "--port", str(port), *enrol]
-    subprocess.run(init, check=True, stdout=subprocess.DEVNULL)
+    port = enrol(args.output / "keys", NAMES, quiet=True)
     with FaultyNetwork("127.0.0.1", port) as network:
         links = {n: network.link(seed=i, bits_per_s=5000.0 if n == SLOW else None) for i, n in enumerate(NAMES)}
         soak = Soak(args.output, links, random.Random(args.seed))
@@ -81,15 +76,13 @@ class Soak:
     def start(self, name: str) -> None:
         sets = [f"base={self.folder / 'base'}", *SETTINGS, f"rounds={self.last_rounds}"]
         words = [*KILOTUNE, "server", "run", "kilotune", "--keys", str(self.folder / "keys"), "--wait-for", "3"]
+        words += ["--output", str(self.folder / "server")]
         if name != "server":
             command = [sys.executable, __file__, "--lie"] if name == LIAR else KILOTUNE
-            words = [*command, "client", str(self.folder / "keys" / f"{name}.join"), "--only", name]
-            words += ["--data", str(self.folder / "rows.jsonl"), "--wait", str(PATIENCE_S)]
-        words += ["--output", str(self.folder / name), "--format", "json"]
-        words += [word for setting in sets for word in ("--set", setting)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        with open(self.folder / f"{name}.json", "wb") as told, open(self.folder / f"{name}.log", "ab") as log:
-            self.processes[name] = subprocess.Popen(words, stdout=told, stderr=log, env=environment)
+            place = self.folder / "keys", name, self.folder / "rows.jsonl", self.folder / name
+            words = [*command, *client_words(*place, PATIENCE_S)]
+        words += ["--format", "json", *(word for setting in sets for word in ("--set", setting))]
+        self.processes[name] = start(words, self.folder / f"{name}.log", self.folder / f"{name}.json")
 
     def suffer(self, seconds: float) -> None:
         """Kill, cut and start again until the time is over."""

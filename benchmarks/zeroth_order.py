@@ -20,6 +20,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import kilotune  # noqa: F401 - before torch, so that its threads wait as in a run
+
+# isort: split
 import torch
 from torch import Tensor, nn
 
@@ -33,7 +36,7 @@ from kilotune.engine.models import Base, load_base
 from kilotune.engine.step import BatchObjective, Memory, train_step
 from kilotune.engine.tokenize import Example, encode
 
-PAIRS, LONG_PAIRS, MEZO_PAIRS = 5, 3, 2
+PAIRS, LONG_PAIRS, MEZO_PAIRS = 8, 4, 2
 SPEED, SPACE, FASTER = 1.15, 1.1, 2.0
 EPSILON = 1e-3
 STEPS_BACK = 100
@@ -62,7 +65,7 @@ def main() -> None:
         for recipe, label in RECIPES.items():
             setting = Setting(base, recipe)
             if "time" in args.only:
-                for path, size, pairs in ((args.data, 8, PAIRS), (args.data, 16, PAIRS), (long, 8, LONG_PAIRS)):
+                for path, size, pairs in ((args.data, 16, PAIRS), (long, 8, LONG_PAIRS)):
                     if path.exists():
                         rows.append(step_time(setting, label, path, size, pairs))
             if "loop" in args.only:
@@ -140,16 +143,19 @@ def row(
     faster: bool = False,
     headline: bool = False,
 ) -> Measurement:
-    """Medians of pairs; the ratio is ours to the baseline, or how many times faster we are."""
+    """Ours to the baseline, or how many times faster we are, by the fastest of each: on a shared machine a second of
+    products takes one to two and a half, and what others do to it is no part of either."""
     ratios = [b / a if faster else a / b for a, b in zip(ours, baseline, strict=True)]
+    best = min(baseline) / min(ours) if faster else min(ours) / min(baseline)
     return Measurement(
         what,
-        f"{statistics.median(ours):.2f} s",
-        f"{name}: {statistics.median(baseline):.2f} s",
-        statistics.median(ratios),
+        f"{min(ours):.2f} s",
+        f"{name}: {min(baseline):.2f} s",
+        best,
         target,
         "higher" if faster else "lower",
-        f"{len(ours)} pairs, ratios {min(ratios):.2f}-{max(ratios):.2f}",
+        f"fastest of {len(ours)}; medians {statistics.median(ours):.2f} and {statistics.median(baseline):.2f} s, "
+        f"pairs {min(ratios):.2f}-{max(ratios):.2f}",
         headline,
     )
 

@@ -1,10 +1,19 @@
 """Shared by all tests: its place puts this folder on the import path, so that `tiny` can be imported everywhere."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 import kilotune  # noqa: F401 - before torch, so that its arithmetic does not depend on the number of threads
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nobody_waits_for_the_disk():
+    """Nothing here outlives a power cut. A descriptor that is none is still an error."""
+    real, os.fsync = os.fsync, lambda descriptor: os.fstat(descriptor) and None
+    yield
+    os.fsync = real
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,12 @@
 """Small federations for tests: a tiny model in a folder, rows of three clients, and a plan with overrides."""
 
 import json
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
-from kilotune.engine.compose import Plan, build, override, read
+from kilotune.engine.compose import Plan, build, override
+from kilotune.engine.compose import read as read_recipe
 from kilotune.engine.models import load_base
 from kilotune.engine.replica import Replica
 from kilotune.engine.session import encode_rows, evaluator, header, split_rows
@@ -31,6 +34,9 @@ def write_rows(path: Path, per_client: int = 12, clients: tuple[str, ...] = CLIE
     return path
 
 
+read = cache(read_recipe)
+
+
 def content(base: Path, data: Path, recipe: str = "kilotune", *assignments: str) -> dict:
     """A shipped recipe, made small enough for the tiny model."""
     small = [
@@ -39,8 +45,9 @@ def content(base: Path, data: Path, recipe: str = "kilotune", *assignments: str)
         "batch_size=4",
         "evaluation.generate=false",
         "data.max_length=64",
+        "threads=1",  # several tests run at once
     ]
-    raw = read(recipe)
+    raw = deepcopy(read(recipe))
     if "basis" in raw:
         small.append("basis.size=64")
     if "sharding" in raw:

@@ -1,6 +1,7 @@
 """Imports point one way: cli → engine → kind folders → core; heavy libraries stay where they belong."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ HOMES = {
 SLOW = {"torch", "transformers", "flwr", "peft", "numba", "datasets", "numpy"}
 
 
+@cache
 def imports(path: Path, top_level_only: bool = False) -> list[str]:
     """Full names of the modules a file imports."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -36,27 +38,23 @@ def folder_of(path: Path) -> str:
     return path.relative_to(SOURCE).parts[0]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
-def test_imports_point_down_and_kinds_never_meet(path):
+def test_imports_point_down_and_kinds_never_meet():
     """Kills: a kind that imports the engine or another kind; core that imports anything above it."""
-    home = folder_of(path)
-    if home not in LAYERS:
-        return
-    for name in imports(path):
-        if not name.startswith("kilotune."):
-            continue
-        other = name.split(".")[1]
-        if other in LAYERS and other != home:
-            assert LAYERS[other] < LAYERS[home], f"{path.relative_to(SOURCE)} imports {name}"
+    for path in FILES:
+        home = folder_of(path)
+        for name in imports(path) if home in LAYERS else ():
+            other = name.split(".")[1] if name.startswith("kilotune.") else home
+            if other in LAYERS and other != home:
+                assert LAYERS[other] < LAYERS[home], f"{path.relative_to(SOURCE)} imports {name}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
-def test_each_heavy_library_has_one_home(path):
+def test_each_heavy_library_has_one_home():
     """Kills: flwr or peft leaking through the code base, which makes a new version of either a big change."""
-    place = str(path.relative_to(SOURCE))
-    for name in imports(path):
-        homes = HOMES.get(name.split(".")[0])
-        assert homes is None or place.startswith(homes), f"{place} imports {name}, whose home is {homes}"
+    for path in FILES:
+        place = str(path.relative_to(SOURCE))
+        for name in imports(path):
+            homes = HOMES.get(name.split(".")[0])
+            assert homes is None or place.startswith(homes), f"{place} imports {name}, whose home is {homes}"
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if folder_of(p) == "cli"], ids=lambda p: p.name)

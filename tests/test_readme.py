@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from federating import CLIENTS, write_rows
 from kilotune.cli.main import app
+from kilotune.engine import slices
 from tiny import save_tiny
 
 ROOT = Path(__file__).parent.parent
@@ -34,10 +35,12 @@ def test_readme_names_the_two_commands_and_every_folder_it_links():
 def test_every_command_of_readme_runs(tmp_path, monkeypatch):
     """Kills: an option that was renamed; a command that only works on the author's machine.
 
-    The tiny model stands in for the embedded one, and a few steps for many; words and order are README's.
+    The tiny model stands in for the embedded one, and a few steps and rounds for many; words and order are README's.
     Server and clients, which wait for each other, run in tests/engine/test_deployed.py.
     """
     monkeypatch.chdir(tmp_path)
+    for name, few in {"TRIES": 1, "SHORT": 64, "LONG": 128, "FEW": 8, "MANY": 32}.items():
+        monkeypatch.setattr(slices, name, few)  # how much is measured before a plan
     base = save_tiny(tmp_path / "tiny")
     write_rows(tmp_path / "my_rows.jsonl")
     runner = CliRunner()
@@ -50,6 +53,7 @@ def test_every_command_of_readme_runs(tmp_path, monkeypatch):
         if verb in ("plan", "federate", "tune"):
             small = [f"base={base}", *SMALL, "local_steps=1"]
             small += ["basis.size=64"] if verb != "tune" and words[1] == "kilotune" else []  # others may have no basis
+            small += {"federate": ["rounds=2"], "tune": ["steps=4"], "plan": ["micro_batch_tokens=256"]}.get(verb, [])
             words += [word for setting in small for word in ("--set", setting)]
         if verb == "data":
             words += ["--base", str(base)]

@@ -55,6 +55,16 @@ def test_the_compiled_addition_equals_the_plain_one() -> None:
     assert not compiled()(np.ones(3), np.ones(3), 2.0, np.empty(3))
 
 
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_what_is_not_finite_leaves_no_rest_to_add(number: float) -> None:
+    """Kills: a server that adds the rests of NaN for ever."""
+    for add in (add_exactly, compiled()):
+        total = np.zeros(2)
+        with np.errstate(invalid="ignore"):
+            assert not add(total, np.array([number, 1.0]), 1.0, np.empty(2))
+        assert total.tolist()[1] == 1.0 and not np.isfinite(total[0])
+
+
 @pytest.mark.parametrize("weighting", ["examples", "equal"])
 @pytest.mark.parametrize("name", names("aggregation"))
 def test_gathering_one_by_one_equals_combining_a_list(name: str, weighting: str) -> None:
@@ -64,6 +74,8 @@ def test_gathering_one_by_one_equals_combining_a_list(name: str, weighting: str)
     counts = [3, 1, 7, 2]
     if rule.takes == "seeds":
         updates = [_pairs(i) for i in range(4)]
+    elif "factor_pair" in rule.needs:
+        updates = [TensorUpdate(_factors(v)) for v in vectors(4, 33, 0)]
     else:
         updates = [TensorUpdate({"w": torch.from_numpy(v)}) for v in vectors(4, 33, 0)]
     gathering = rule.gather()
@@ -73,8 +85,16 @@ def test_gathering_one_by_one_equals_combining_a_list(name: str, weighting: str)
     if rule.takes == "seeds":
         assert got.coefs.tobytes() == expected.coefs.tobytes()
         assert got.indices.tolist() == expected.indices.tolist()
+    elif "factor_pair" in rule.needs:  # several factors have one product
+        (a, b), (a2, b2) = ([t for _, t in sorted(update.tensors.items())] for update in (got, expected))
+        torch.testing.assert_close(b @ a, b2 @ a2, rtol=1e-5, atol=1e-5)
     else:  # fractions of counts are rounded when they come as weights, so one float32 rounding may differ
         torch.testing.assert_close(got.tensors["w"], expected.tensors["w"], rtol=2.0**-23, atol=0)
+
+
+def _factors(numbers: np.ndarray) -> dict[str, torch.Tensor]:
+    a, b = torch.from_numpy(numbers[:18]).view(3, 6), torch.from_numpy(numbers[18:]).view(5, 3)
+    return {"x.lora_A.w": a, "x.lora_B.w": b}
 
 
 def _pairs(client: int):

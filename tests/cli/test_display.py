@@ -44,6 +44,7 @@ def test_plain_mode_says_each_event_in_one_line():
     events = [
         {"event": "status", "text": "loading base tiny"},
         {"event": "clients", "rows": {"a": 10, "b": 1200}},
+        {"event": "warning", "text": "defences.enabled: got false:\nevery client is believed"},
         {"event": "client", "client": "a", "status": "joined", "num_examples": 10},
         {"event": "client", "client": "b", "status": "refused", "why": "follows recipe x,\nnot y"},
         {"event": "truncated", "who": "a", "rows": 10, "cut": 3},
@@ -52,6 +53,7 @@ def test_plain_mode_says_each_event_in_one_line():
         {"event": "client", "round": 1, "client": "c", "status": "missing"},
         {"event": "client", "round": 1, "client": "d", "status": "error", "why": "cut payload"},
         round_event(1),
+        {"event": "rejected", "round": 2, "why": "the loss rose from 1.000 to 9.000"},
         {"event": "evaluation", "round": 4, "overall": figures(1.2341, 0.41)},
         {"event": "page", "text": "live page at http://127.0.0.1:9464/"},
         {"event": "stopping", "why": "SIGTERM"},
@@ -61,6 +63,7 @@ def test_plain_mode_says_each_event_in_one_line():
     assert shown(events) == [
         "loading base tiny",
         "2 clients with 1,210 training rows, 10 to 1,200 each",
+        "warning: defences.enabled: got false: every client is believed",
         "client a joined",
         "client b refused: follows recipe x, not y",
         "a: 3 of 10 rows are longer than data.max_length and were cut",
@@ -68,6 +71,7 @@ def test_plain_mode_says_each_event_in_one_line():
         "round 1: client c no answer",
         "round 1: client d failed: cut payload",
         "round 1/4: 2 of 4 clients, loss 1.500, 4.2 kB up and 3.0 kB down per client, 2.0 s",
+        "round 2 changes nothing: the loss rose from 1.000 to 9.000",
         "round 4: loss 1.234, exact match 41 %",
         "live page at http://127.0.0.1:9464/",
         "SIGTERM: stopping after this round; once more to stop at once",

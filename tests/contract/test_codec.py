@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from kilotune.codec import Codec, SeedUpdate, TensorUpdate, Update, WireContext, WireError
 from kilotune.core.registry import find, names
@@ -16,7 +17,6 @@ from kilotune.core.rng import stream
 
 SHAPES = {"w.b": (130,), "w.a": (7, 9), "scalar": ()}
 SIZE = 300
-EXACT = {"dense", "coefficients", "seed_scalar", "projection"}  # codecs whose prediction is no mere bound
 
 
 def build(name: str) -> Codec:
@@ -24,8 +24,18 @@ def build(name: str) -> Codec:
     return method(**method.example)
 
 
+def speaker(name: str) -> str:
+    """The codec whose magic starts the payload: itself, or what it wraps without a word of its own."""
+    inside = build(name).bare.method_name()
+    return inside if payload_of(name)[:4] == payload_of(inside)[:4] else name
+
+
 def context() -> WireContext:
-    return WireContext(1, 2**63 + 5, SHAPES, SIZE, stream(1, "codec"))
+    return WireContext(1, 2**63 + 5, SHAPES, SIZE, stream(1, "codec"), probes=probes)
+
+
+def probes(sender: int) -> np.ndarray:
+    return stream(sender, "probes").integers(0, SIZE, 40)
 
 
 @cache
@@ -36,7 +46,7 @@ def payload_of(name: str) -> bytes:
 def update_for(codec: Codec, seed: int = 0) -> Update:
     rng = stream(seed, "update")
     if codec.takes == "seeds":
-        return SeedUpdate(rng.integers(0, SIZE, 40), rng.normal(size=40).astype(np.float32))
+        return SeedUpdate(probes(0), rng.normal(size=40).astype(np.float32))
     return TensorUpdate({n: torch.from_numpy(np.asarray(rng.normal(size=s), np.float32)) for n, s in SHAPES.items()})
 
 
@@ -61,10 +71,10 @@ def assert_usable(update: Update) -> None:
 
 @pytest.mark.parametrize("name", names("codec"))
 def test_payload_starts_with_three_letters_and_a_version(name: str) -> None:
-    """Kills: a payload that cannot be told from another codec's; two codecs with one magic."""
-    magics = {other: payload_of(other)[:4] for other in names("codec")}
-    assert re.fullmatch(rb"[A-Z]{3}[0-9]", magics[name])
-    assert list(magics.values()).count(magics[name]) == 1
+    """Kills: a payload that cannot be told from another codec's; two codecs with one magic; a wrapper's own bytes."""
+    magics = {speaker(other): payload_of(other)[:4] for other in names("codec")}
+    assert re.fullmatch(rb"[A-Z]{3}[0-9]", magics[speaker(name)])
+    assert list(magics.values()).count(magics[speaker(name)]) == 1
 
 
 @pytest.mark.parametrize("name", names("codec"))
@@ -95,7 +105,35 @@ def test_prediction_bounds_the_payload(name: str) -> None:
     num_pairs = sent.indices.size if isinstance(sent, SeedUpdate) else 0
     predicted = codec.predict_bytes({n: int(np.prod(s)) for n, s in SHAPES.items()}, num_pairs)
     assert len(payload) <= predicted
-    assert name not in EXACT or len(payload) == predicted
+    assert not codec.exact or len(payload) == predicted
+
+
+@pytest.mark.parametrize("name", names("codec"))
+def test_state_is_kept_by_codecs_that_remember_and_by_no_other(name: str) -> None:
+    """Kills: error feedback that is switched off and goes on; a wrapper around a codec with feedback of its own."""
+    codec, state = build(name), dict[str, torch.Tensor]()
+    codec.encode(update_for(codec), context(), state)
+    assert bool(state) == codec.remembers
+
+
+@pytest.mark.parametrize("name", [n for n in names("codec") if build(n).takes == "tensors" and not build(n).remembers])
+def test_error_feedback_goes_around_codecs_whose_losses_stay_bounded_and_around_no_other(name: str) -> None:
+    """The same update 60 times: what is left stays below ten of them.
+
+    Kills: `bounded_loss` of a codec whose residual grows without end; pairs inside a residual.
+    """
+    codec, state = build(name), dict[str, torch.Tensor]()
+    if not codec.bounded_loss or codec.gives & {"pairs", "any_rank"}:
+        with pytest.raises(ValidationError, match="a codec"):
+            find("codec", "residual")(codec=codec)
+        return
+    residual, update = find("codec", "residual")(codec=codec), update_for(codec)
+    for number in range(1, 61):
+        wire = WireContext(number, 9, SHAPES, 0, stream(number, "codec"))
+        residual.encode(update, wire, state)
+    given = np.concatenate([values.reshape(-1) for values in numbers(update).values()])
+    left = np.concatenate([tensor.numpy().reshape(-1) for tensor in state.values()])
+    assert np.linalg.norm(left) <= 10 * np.linalg.norm(given)
 
 
 @pytest.mark.parametrize("name", names("codec"))
@@ -104,9 +142,9 @@ def test_every_cut_and_every_padding_is_refused(name: str) -> None:
     codec = build(name)
     payload = payload_of(name)
     for length in range(len(payload)):
-        with pytest.raises(WireError, match=name):
+        with pytest.raises(WireError, match=speaker(name)):
             codec.decode(payload[:length], context())
-    with pytest.raises(WireError, match=name):
+    with pytest.raises(WireError, match=speaker(name)):
         codec.decode(payload + b"\0", context())
 
 
@@ -114,7 +152,7 @@ def test_every_cut_and_every_padding_is_refused(name: str) -> None:
 def test_payloads_of_other_codecs_are_refused(name: str) -> None:
     """Kills: a magic that is written but not read."""
     codec = build(name)
-    for other in set(names("codec")) - {name}:
+    for other in {other for other in names("codec") if speaker(other) != speaker(name)}:
         with pytest.raises(WireError, match="magic"):
             codec.decode(payload_of(other), context())
 
@@ -149,7 +187,7 @@ def mutate(payload: bytes, flips: list[tuple[int, int]], length: int | None) -> 
 
 
 @pytest.mark.parametrize("name", names("codec"))
-@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
 @given(data=st.data())
 def test_altered_payloads_are_refused_or_harmless(name: str, data: Any) -> None:
     """Kills: any exception but WireError from hostile bytes; NaN or foreign directions let through."""
@@ -165,7 +203,7 @@ def test_altered_payloads_are_refused_or_harmless(name: str, data: Any) -> None:
 
 
 @pytest.mark.parametrize("name", names("codec"))
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
 @given(tail=st.binary(max_size=80))
 def test_random_bytes_behind_the_right_magic_are_refused_or_harmless(name: str, tail: bytes) -> None:
     """Kills: allocation or slicing by an unchecked count."""

@@ -56,23 +56,24 @@ def estimate(estimator, model, trainable, rng, state=None):
 
 
 @pytest.mark.parametrize("name", names("estimator"))
-def test_a_thousand_estimates_without_a_step_leave_every_bit(name):
+def test_hundreds_of_estimates_without_a_step_leave_every_bit(name):
     """Kills: restoring by adding back, which drifts."""
     model = Quadratic()
     trainable = Full().attach(model, basis=None, seed=0)
     before = model.w.data.clone()
     estimator = find("estimator", name)()
-    for step in range(1000):
+    for step in range(300):
         estimate(estimator, model, trainable, stream(1, "x", step))
     assert torch.equal(model.w.data, before)
 
 
 @pytest.mark.parametrize("name", names("estimator"))
 def test_the_mean_estimate_is_the_gradient(name):
-    """Kills: a factor 2, a missing epsilon, noise that is not of unit variance. 4 sigma of 4,000 draws."""
+    """Kills: a factor 2, a missing epsilon, noise that is not of unit variance. 4 sigma of 1,000 draws."""
     model = Quadratic()
     trainable = Full().attach(model, basis=None, seed=0)
-    estimator, count = find("estimator", name)(), 4000
+    estimator = find("estimator", name)()
+    count = 1000 if estimator.forward_only else 2
     total = torch.zeros(50, dtype=torch.float64)
     for step in range(count):
         total += estimate(estimator, model, trainable, stream(2, "x", step))[0]["w"].double()
@@ -107,8 +108,8 @@ def test_a_client_ends_where_the_rebuild_from_its_pairs_ends(basis):
     trainable = Subspace().attach(model, basis=basis, seed=0)
     base = {n: p.data.clone() for n, p in trainable.params.items()}
     trainable.begin(5)  # without the promise of forward passes only, so that the weights themselves move
-    memory, steps = Memory.empty(), []
-    for step in range(12):
+    memory, steps, count = Memory.empty(), [], 6
+    for step in range(count):
         objective = BatchObjective(model, [tiny_batch(step)])
         rng = stream(0, "z", step)
         steps.append(train_step(trainable, ZerothOrder(), SGD(lr=1e-3), objective, memory, 1.0, rng))
@@ -119,7 +120,7 @@ def test_a_client_ends_where_the_rebuild_from_its_pairs_ends(basis):
     moved = torch.cat([(own[n] - base[n]).flatten() for n in base])
     rebuilt = torch.cat([(p.data - base[n]).flatten() for n, p in trainable.params.items()])
     weights = torch.cat([w.flatten() for w in base.values()])
-    rounding = 12 * 2**-24 * weights.norm()  # half a unit in the last place a step
+    rounding = count * 2**-24 * weights.norm()  # half a unit in the last place a step
     assert moved.norm() > 1000 * rounding
     assert (moved - rebuilt).norm() <= 2 * rounding
 

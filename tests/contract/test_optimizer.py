@@ -77,3 +77,12 @@ def test_the_number_of_threads_does_not_change_a_bit(name: str) -> None:
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("name", names("optimizer"))
+def test_the_numbers_kept_beside_a_parameter_are_as_promised(name: str) -> None:
+    """Kills: a plan that forgets a rule's memory, or that of the rule it wraps."""
+    optimizer, param = build(name), draw(0, 7)
+    state = optimizer.init(param)
+    optimizer.begin(param, state, {}, 2)
+    assert sum(value.numel() == 7 for value in state.values()) == optimizer.copies

@@ -22,7 +22,8 @@ CASES = [(name, basis) for name in names("parametrization") for basis in (BASES 
 
 def attach(name: str, basis: str, seed: int = 0, **fields):
     model = tiny_llama(seed)
-    method = find("parametrization", name)(**fields)
+    kind = find("parametrization", name)
+    method = kind(**kind.example, **fields)
     return method.attach(model, basis=BASES.get(basis), seed=3)
 
 

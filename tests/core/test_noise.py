@@ -248,7 +248,7 @@ def test_threads_processes_order_and_frozen_tensors_do_not_change_noise_or_repla
 
     Kills: a shared generator, a reduction split by thread, noise that depends on visiting order.
     """
-    runs = (("1", "0", ""), ("2", "1", ""), ("2", "0", "embed,bias"))
+    runs = (("1", "0", ""), ("2", "1", "norm"))
     started = []
     for arguments in runs:
         env = {**os.environ, "OMP_NUM_THREADS": arguments[0], "NUMBA_NUM_THREADS": arguments[0]}
@@ -256,9 +256,8 @@ def test_threads_processes_order_and_frozen_tensors_do_not_change_noise_or_repla
         command = [sys.executable, "-c", SCRIPT, *arguments]
         started.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True))
     outputs = [process.communicate(timeout=500)[0].splitlines() for process in started]
-    assert [process.returncode for process in started] == [0, 0, 0]
-    one, two, half = outputs
+    assert [process.returncode for process in started] == [0, 0]
+    one, two = outputs
     assert len(one) == 5
-    assert one == two
-    assert half == [line for line in one if not line.startswith(("embed ", "bias "))]
+    assert two == [line for line in one if not line.startswith("norm ")]
     assert one[0] == noise.digest("sign", [1, 2], SIZES)

@@ -18,12 +18,13 @@ from kilotune.engine.session import federate
 from kilotune.engine.withdraw import withdraw
 from lying import prepared, times
 
+SMALL = ("local_steps=1", "batch_size=2", "evaluation.limit=3")
 SETTINGS = {
     "kilotune": ("basis.refresh=run",),  # what quantization lost goes on to the next round
     "kilotune_zeroth": ("optimizer={name: sgd, lr: 0.002}",),
     "fedavg_lora": ("server_optimizer={name: adamw, lr: 0.01}",),
     "ferret": (),
-    "robust_coefficients": (),
+    "robust_coefficients": ("aggregation={name: geometric_median, weighting: equal}",),  # a choice among three clients
     "mixed": (),
 }
 
@@ -32,7 +33,7 @@ SETTINGS = {
 def test_every_round_of_an_honest_run_comes_out_again_to_the_bit(base, data, tmp_path, recipe):
     """Kills: an audit that forgets what codec, server optimizer, rule or guard remember; one that knows only sums."""
     lies = {} if recipe in ("ferret", "fedavg_lora") else {"cyd": times(40.0)}
-    prepared(plan(base, data, recipe, "local_steps=1", *SETTINGS[recipe]), tmp_path, lies).run()
+    prepared(plan(base, data, recipe, *SMALL, *SETTINGS[recipe]), tmp_path, lies).run()
     found = audit(tmp_path, None, quiet)
     assert found["problems"] == []
     assert [entry["recombines"] for entry in found["rounds"]] == [True, True]
@@ -42,7 +43,7 @@ def test_every_round_of_an_honest_run_comes_out_again_to_the_bit(base, data, tmp
 
 def test_a_late_answer_counts_again_for_what_it_counted(base, data, tmp_path):
     """Kills: an audit that takes every answer for one in time."""
-    recipe = plan(base, data, "kilotune", "local_steps=1", "basis.refresh=run", "staleness.max=1")
+    recipe = plan(base, data, "kilotune", *SMALL, "basis.refresh=run", "staleness.max=1")
     genesis: list[str] = []
 
     def late(replica, request, reply):
@@ -62,7 +63,7 @@ def test_a_late_answer_counts_again_for_what_it_counted(base, data, tmp_path):
 def run(base, data, tmp_path_factory):
     """Three rounds of three clients."""
     folder = tmp_path_factory.mktemp("audited") / "run"
-    federate(plan(base, data, "kilotune", "rounds=3", "local_steps=1"), folder, quiet)
+    federate(plan(base, data, "kilotune", "rounds=3", *SMALL), folder, quiet)
     return folder
 
 
@@ -91,7 +92,7 @@ def test_the_table_says_what_the_files_say(run, base, data):
 
 
 def test_who_was_refused_and_why_is_in_its_round(base, data, tmp_path):
-    federation = prepared(plan(base, data, "kilotune"), tmp_path, {"bob": times(float("1e30"))})
+    federation = prepared(plan(base, data, "kilotune", *SMALL), tmp_path, {"bob": times(float("1e30"))})
     events: list[dict] = []
     federation.emit = events.append
     federation._roster._emit = events.append
@@ -181,16 +182,16 @@ def test_a_run_that_somebody_left_adds_up_as_well(run, tmp_path):
 def test_what_cannot_be_combined_again_is_said(base, data, run, tmp_path):
     """Kills: a yes where nothing was checked."""
     assert {e["recombines"] for e in audit(run / "final.seed", None, quiet)["rounds"]} == {None}
-    federate(plan(base, data, "secure"), tmp_path / "secure", quiet)
+    federate(plan(base, data, "secure", *SMALL, "rounds=1"), tmp_path / "secure", quiet)
     assert "sums only" in audit(tmp_path / "secure", None, quiet)["rounds"][0]["unchecked"]
-    federate(plan(base, data, "kilotune", "keep_contributions=never", "rounds=1"), tmp_path / "never", quiet)
+    federate(plan(base, data, "kilotune", "keep_contributions=never", "rounds=1", *SMALL), tmp_path / "never", quiet)
     entry = audit(tmp_path / "never", None, quiet)["rounds"][-1]
     assert entry["recombines"] is None
     assert "keep_contributions" in entry["unchecked"]
 
 
 def test_epsilon_of_each_round_is_told_and_nobody_named(base, data, tmp_path):
-    federate(plan(base, data, "private_central", "privacy.clients=3"), tmp_path, quiet)
+    federate(plan(base, data, "private_central", *SMALL, "privacy.clients=3"), tmp_path, quiet)
     rounds = audit(tmp_path, None, quiet)["rounds"]
     assert rounds[0]["epsilon"] < rounds[1]["epsilon"]
     assert [entry["accepted"] for entry in rounds] == [[], []]

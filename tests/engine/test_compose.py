@@ -26,7 +26,8 @@ def test_all_mistakes_are_reported_at_once_with_the_nearest_name():
     text = "\n".join(found)
     assert "rounds: got 0, expected greater than or equal to 1." in text
     assert "local_stpes: no such key. Did you mean 'local_steps'?" in text
-    assert "optimizer.name: got 'adam', expected one of adamw, sgd. Did you mean 'adamw'?" in text
+    assert "optimizer.name: got 'adam', expected one of adamw, " in text
+    assert "Did you mean 'adamw'?" in text
     assert "basis.sise: no such key. Did you mean 'size'?" in text
     assert "data.max_lenght: no such key. Did you mean 'max_length'?" in text
 

@@ -12,7 +12,7 @@ from kilotune.core.rng import stream
 from kilotune.core.types import SeedUpdate
 from kilotune.engine.federation import Federation
 from kilotune.engine.flower.local import LocalExchange
-from kilotune.engine.guard import contributed
+from kilotune.engine.guard import bounded
 from kilotune.engine.ledger import Ledger
 from kilotune.engine.models import load_base
 from kilotune.engine.replica import Replica
@@ -67,7 +67,7 @@ def sent_and_summed(recipe, replica, ledger, payloads, number) -> tuple[np.ndarr
 
     total = 0.0
     for part in ledger.records[number - 1].contributions:
-        update = contributed(recipe.uplink.decode(payloads[number, part.client], context), part)
+        update = bounded(recipe.uplink.decode(payloads[number, part.client], context), part.limit, part.scale)
         total = total + part.weight * flat(update)
     return flat(recipe.downlink.decode(ledger.payload(number), context)), total
 
@@ -75,8 +75,8 @@ def sent_and_summed(recipe, replica, ledger, payloads, number) -> tuple[np.ndarr
 @pytest.mark.parametrize(
     ("name", "rounds", "settings"),
     [
-        ("kilotune", 50, ("downlink={name: dense, dtype: fp32}",)),
-        ("kilotune_zeroth", 20, ("optimizer.lr=1.0e-4", "basis.refresh=run")),
+        ("kilotune", 25, ("downlink={name: dense, dtype: fp32}",)),
+        ("kilotune_zeroth", 10, ("optimizer.lr=1.0e-4", "basis.refresh=run")),
     ],
 )
 def test_messages_lost_at_every_boundary_cost_nothing_but_their_own_part(base, data, tmp_path, name, rounds, settings):
@@ -126,7 +126,7 @@ class Killed(BaseException):
 def test_a_simulated_round_counts_the_answers_drawn_for_it_also_when_it_is_resumed(base, tmp_path):
     """Kills: the first by name always preferred; spare clients that are waited for or counted; another draw after a
     kill."""
-    recipe = plan(base, write_rows(tmp_path / "rows.jsonl", 4, MANY), "kilotune", *SMALL, "rounds=30", SPARE)
+    recipe = plan(base, write_rows(tmp_path / "rows.jsonl", 4, MANY), "kilotune", *SMALL, "rounds=15", SPARE)
     events = []
     whole = federate(recipe, tmp_path / "whole", events.append)
     assert {(e["asked"], e["clients"]) for e in events if e["event"] == "round"} == {(3, 2)}
@@ -135,7 +135,7 @@ def test_a_simulated_round_counts_the_answers_drawn_for_it_also_when_it_is_resum
         asked = recipe.schedule.sample(record.round, list(MANY), stream(0, "schedule", record.round))
         (spare,) = set(asked) - {part.client for part in record.contributions}
         left_out.append(asked.index(spare))
-    assert min(left_out.count(place) for place in range(3)) >= 4  # of 30, ten expected: 4 is 2.3 sigma below
+    assert min(left_out.count(place) for place in range(3)) >= 1  # of 15, five expected: 1 is 2.2 sigma below
 
     def dying(event):
         if event["event"] == "client" and event.get("round") == 3 and event["status"] == "ok":
@@ -315,37 +315,39 @@ def test_what_cannot_wait_is_refused_with_a_working_pair(base, data, name, setti
 
 @pytest.fixture(scope="module")
 def undisturbed(base, data, tmp_path_factory):
-    return federate(plan(base, data, "kilotune"), tmp_path_factory.mktemp("whole") / "run", quiet)
+    return federate(plan(base, data, "kilotune", *SMALL), tmp_path_factory.mktemp("whole") / "run", quiet)
 
 
-@pytest.mark.parametrize(
-    "what", ["ledger.jsonl", "payloads/00002.bin", "contributions/00002.bin", "state/server-00002", "metrics.jsonl"]
-)
-def test_a_full_disk_is_one_line_and_the_same_command_goes_on(base, data, tmp_path, monkeypatch, undisturbed, what):
+FILES = ("ledger.jsonl", "payloads/00002.bin", "contributions/00002.bin", "state/server-00002", "metrics.jsonl")
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(base, data, tmp_path, monkeypatch, undisturbed):
     """Kills: a traceback; a round that is half there; another result after the space is back."""
-    recipe, real = plan(base, data, "kilotune"), os.fsync
-    place, (folder, stem) = tmp_path / "run", what.rpartition("/")[::2]
-
-    def full(descriptor: int) -> None:
-        path = os.readlink(f"/proc/self/fd/{descriptor}")
-        if f"/{folder}" in path and stem in path and (place / "payloads").exists():
-            raise OSError(errno.ENOSPC, "No space left on device", path)
-        real(descriptor)
-
     if not os.path.isdir("/proc/self/fd"):
         pytest.skip("the test finds the file of a descriptor in /proc")
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(RunError, match=r"the disk is full\. Free some space and run the same command again") as caught:
-        federate(recipe, place, quiet)
-    assert "\n" not in str(caught.value)
-    monkeypatch.undo()
+    recipe, place, real = plan(base, data, "kilotune", *SMALL), tmp_path / "run", os.fsync
+    for what in FILES:
+        folder, stem = what.rpartition("/")[::2]
+
+        def full(descriptor: int, folder=folder, stem=stem) -> None:
+            path = os.readlink(f"/proc/self/fd/{descriptor}")
+            if f"/{folder}" in path and stem in path and (place / "payloads").exists():
+                raise OSError(errno.ENOSPC, "No space left on device", path)
+            real(descriptor)
+
+        monkeypatch.setattr(os, "fsync", full)
+        told = r"the disk is full\. Free some space and run the same command again"
+        with pytest.raises(RunError, match=told) as caught:
+            federate(recipe, place, quiet)
+        assert "\n" not in str(caught.value)
+        monkeypatch.undo()
     again = federate(recipe, place, quiet)
     assert (again["digest"], again["ledger_head"]) == (undisturbed["digest"], undisturbed["ledger_head"])
 
 
-def test_a_disk_that_is_full_for_one_simulated_client_ends_the_run(base, data, tmp_path, monkeypatch, undisturbed):
+def test_a_disk_that_is_full_for_one_simulated_client_ends_the_run(base, data, tmp_path, monkeypatch):
     """Kills: a round that goes on without a client and so comes to another result."""
-    recipe, written = plan(base, data, "kilotune"), []
+    recipe, written = plan(base, data, "kilotune", *SMALL, "defences.enabled=false"), []
 
     def full(path, entry):
         written.append(entry.client)
@@ -357,4 +359,5 @@ def test_a_disk_that_is_full_for_one_simulated_client_ends_the_run(base, data, t
     with pytest.raises(RunError, match="the disk is full"):
         federate(recipe, tmp_path / "run", quiet)
     monkeypatch.undo()
+    undisturbed = federate(recipe, tmp_path / "whole", quiet)
     assert federate(recipe, tmp_path / "run", quiet)["digest"] == undisturbed["digest"]

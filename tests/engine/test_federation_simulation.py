@@ -13,7 +13,7 @@ from kilotune.engine.session import federate
 from kilotune.engine.shares import split_rows
 from kilotune.engine.simulation import PackedRows
 
-FEW = "schedule={name: uniform, clients_per_round: 3}"
+FEW = ("schedule={name: uniform, clients_per_round: 3}", "local_steps=1", "batch_size=2")
 
 
 class Killed(BaseException):
@@ -29,7 +29,7 @@ def crowd(tmp_path_factory):
 @pytest.fixture(scope="module")
 def roomy(base, crowd, tmp_path_factory):
     """The run of the crowd in which every row stays tokenised."""
-    return federate(plan(base, crowd, "kilotune", "rounds=4", FEW), tmp_path_factory.mktemp("roomy"), quiet)
+    return federate(plan(base, crowd, "kilotune", "rounds=3", *FEW), tmp_path_factory.mktemp("roomy"), quiet)
 
 
 def same(a: dict, b: dict) -> bool:
@@ -40,7 +40,7 @@ def same(a: dict, b: dict) -> bool:
 def test_how_many_rows_stay_tokenised_changes_nothing(base, crowd, tmp_path, roomy, monkeypatch):
     """Kills: rows that lose their order or client when they are packed, unpacked and tokenised anew."""
     monkeypatch.setattr(simulation, "KEPT_ROWS", 13)
-    recipe = plan(base, crowd, "kilotune", "rounds=4", FEW)
+    recipe = plan(base, crowd, "kilotune", "rounds=3", *FEW)
     assert same(federate(recipe, tmp_path / "run", quiet), roomy)
 
 
@@ -59,7 +59,7 @@ def test_a_killed_run_of_clients_without_memory_goes_on_as_if_nothing_had_been(
 ):
     """Kills: a client that forgets what it holds, so that it is sent and counted too much; answers lost."""
     monkeypatch.setattr(simulation, "KEPT_ROWS", kept)
-    recipe, answered = plan(base, crowd, "kilotune", "rounds=4", FEW), []
+    recipe, answered = plan(base, crowd, "kilotune", "rounds=3", *FEW), []
 
     def dying(event):
         if event["event"] == "client" and event.get("round") == moment:
@@ -80,11 +80,13 @@ def test_a_killed_run_of_clients_without_memory_goes_on_as_if_nothing_had_been(
     assert not set(steps) & set(answered)
 
 
-def test_clients_without_memory_leave_no_folders(base, crowd, tmp_path):
-    """Kills: ten thousand folders; a state that is written though nothing will ever read it."""
-    federate(plan(base, crowd, "kilotune", "rounds=2", FEW), tmp_path / "run", quiet)
+@pytest.mark.parametrize(("guarded", "written"), [("true", []), ("false", ["answers-00002.bin"])])
+def test_clients_without_memory_leave_no_folders(base, crowd, tmp_path, guarded, written):
+    """Kills: ten thousand folders; a state that is written though nothing will ever read it; answers that are written
+    a second time beside the server's book."""
+    federate(plan(base, crowd, "kilotune", "rounds=2", *FEW, f"defences.enabled={guarded}"), tmp_path / "run", quiet)
     assert not (tmp_path / "run" / "clients").exists()
-    assert [path.name for path in (tmp_path / "run" / "state").glob("answers-*")] == ["answers-00002.bin"]
+    assert [path.name for path in (tmp_path / "run" / "state").glob("answers-*")] == written
 
 
 def test_a_row_that_cannot_be_learnt_ends_the_run_even_when_it_is_read_late(base, tmp_path, monkeypatch):

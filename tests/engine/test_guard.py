@@ -18,7 +18,7 @@ from kilotune.engine.book import Book
 from kilotune.engine.bounds import coefficient_limit, loss_cap
 from kilotune.engine.clashes import warnings
 from kilotune.engine.compose import build
-from kilotune.engine.guard import Guard, Mark, bounded, capped, contributed, lower_median, norm_of
+from kilotune.engine.guard import Guard, Mark, Verdict, bounded, capped, lower_median, norm_of
 from kilotune.engine.ledger import Contribution, Ledger, Record
 from kilotune.engine.measure import replay
 from kilotune.engine.models import load_base
@@ -69,8 +69,14 @@ def test_of_two_clients_the_larger_is_held_to_the_smaller():
     assert lower_median([3.0, 1.0, 2.0]) == 2.0
 
 
-def checked(recipe, base, update, **facts) -> Mark:
-    replica = Replica(load_base(str(base)), recipe)
+@pytest.fixture(scope="module")
+def loaded(base):
+    """The base, which nobody here moves."""
+    return load_base(str(base))
+
+
+def checked(recipe, loaded, update, **facts) -> Mark:
+    replica = Replica(loaded, recipe)
     answer = replace(Answer("ada", 5, 2.0, 10, "00"), **facts)
     return Guard(recipe, replica, {}).check(1, -1, answer, update, 1.0)
 
@@ -87,18 +93,18 @@ def checked(recipe, base, update, **facts) -> Mark:
         ([1, 2], [0.1, -1e6], "no loss can give more than"),
     ],
 )
-def test_pairs_that_no_honest_client_sends_are_refused(base, data, indices, coefs, why):
+def test_pairs_that_no_honest_client_sends_are_refused(base, data, loaded, indices, coefs, why):
     """Kills: each line of the schema and the physical bound."""
     recipe = plan(base, data, "fedkseed", "optimizer.lr=0.01")
     update = SeedUpdate(np.array(indices), np.array(coefs, np.float32))
     with pytest.raises(WireError, match=why):
-        checked(recipe, base, update)
+        checked(recipe, loaded, update)
 
 
-def test_tensors_of_another_table_and_a_loss_that_is_none_are_refused(base, data):
+def test_tensors_of_another_table_and_a_loss_that_is_none_are_refused(base, data, loaded):
     recipe = plan(base, data, "kilotune")
     good = TensorUpdate({"coords": torch.ones(64)})
-    assert checked(recipe, base, good).norm == 8.0
+    assert checked(recipe, loaded, good).norm == 8.0
     for update, loss, why in (
         (TensorUpdate({"coords": torch.ones(63)}), 1.0, "other tensors"),
         (TensorUpdate({"other": torch.ones(64)}), 1.0, "other tensors"),
@@ -106,7 +112,7 @@ def test_tensors_of_another_table_and_a_loss_that_is_none_are_refused(base, data
         (good, math.nan, "loss of nan"),
     ):
         with pytest.raises(WireError, match=why):
-            checked(recipe, base, update, loss=loss)
+            checked(recipe, loaded, update, loss=loss)
 
 
 def test_clients_keep_to_the_physical_bound_that_the_server_checks(base, data):
@@ -120,25 +126,32 @@ def test_clients_keep_to_the_physical_bound_that_the_server_checks(base, data):
     assert coefficient_limit(plan(base, data, "kilotune_zeroth"), 300, 1.0) is None  # every client has its own rate
 
 
-def judged(base, data, updates: dict[str, SeedUpdate], state=None, examples=None, *settings):
-    recipe = plan(base, data, "kilotune_zeroth", *settings)
-    guard = Guard(recipe, Replica(load_base(str(base)), recipe), {} if state is None else state)
-    answers = {
-        c: Answer(c, (examples or {}).get(c, 5), 2.0, 10, hashlib.sha256(u.coefs.tobytes()).hexdigest())
-        for c, u in updates.items()
-    }
-    marks = {c: guard.check(1, -1, answers[c], u, 1.0) for c, u in updates.items()}
-    return guard.judge(answers, marks, 1.0, updates.__getitem__)
+@pytest.fixture
+def judged(base, data, loaded):
+    """(updates by client, the server's state, rows by client) -> what the guard makes of them."""
+    recipe = plan(base, data, "kilotune_zeroth")
+    replica = Replica(loaded, recipe)
+
+    def judge(updates: dict[str, SeedUpdate], state=None, examples=None):
+        guard = Guard(recipe, replica, {} if state is None else state)
+        answers = {
+            c: Answer(c, (examples or {}).get(c, 5), 2.0, 10, hashlib.sha256(u.coefs.tobytes()).hexdigest())
+            for c, u in updates.items()
+        }
+        marks = {c: guard.check(1, -1, answers[c], u, 1.0) for c, u in updates.items()}
+        return guard.judge(answers, marks, 1.0, updates.__getitem__)
+
+    return judge
 
 
 def two(first: float, second: float) -> SeedUpdate:
     return SeedUpdate(np.array([1, 2]), np.array([first, second], np.float32))
 
 
-def test_large_scalars_are_cut_then_large_updates_scaled(base, data):
+def test_large_scalars_are_cut_then_large_updates_scaled(judged):
     """Kills: norms of what was sent instead of what is left of it; the mean in place of the median."""
     honest = {f"c{n}": two(1.0, 1.0 + n / 100) for n in range(4)}
-    found = judged(base, data, {**honest, "liar": two(1e6, 0.5)})
+    found = judged({**honest, "liar": two(1e6, 0.5)})
     limit = 5 * np.float32(1.0)  # each client's lower median is its smaller scalar, 1.0 for the honest ones
     assert found.verdicts["liar"].limit == pytest.approx(limit)
     assert found.verdicts["c0"].limit is None
@@ -150,36 +163,36 @@ def test_large_scalars_are_cut_then_large_updates_scaled(base, data):
     assert [found.verdicts[c].scale for c in honest] == [1.0] * 4
 
 
-def test_the_scalar_bound_follows_the_last_rounds_and_forgets(base, data):
+def test_the_scalar_bound_follows_the_last_rounds_and_forgets(judged):
     """Kills: a bound a liar shifts in one round; a history that grows; a history that is not kept."""
     state: dict = {}
     for number in range(1, 13):
-        judged(base, data, {f"c{n}": two(number, number + 0.5 + n) for n in range(3)}, state)
+        judged({f"c{n}": two(number, number + 0.5 + n) for n in range(3)}, state)
     assert state[guard_module.MEDIANS].tolist() == [float(n) for n in range(3, 13)]
-    found = judged(base, data, {f"c{n}": two(99.0 + n, 1000.0) for n in range(3)}, state)
+    found = judged({f"c{n}": two(99.0 + n, 1000.0) for n in range(3)}, state)
     assert found.verdicts["c0"].limit == 5 * 8.0  # the lower median of 4, 5, ..., 12, 99
 
 
-def test_rows_are_self_reported_and_capped(base, data):
+def test_rows_are_self_reported_and_capped(judged):
     """Kills: a client that claims a billion rows and is the federation."""
     updates = {f"c{n}": two(1.0, 1.0 + n / 100) for n in range(5)}
-    found = judged(base, data, updates, None, {"c4": 2**40})
+    found = judged(updates, None, {"c4": 2**40})
     shares = np.array([found.verdicts[c].share for c in sorted(updates)])
     assert shares[4] / shares.sum() == pytest.approx(2 / 5)
     assert found.capped_weights == 1
 
 
-def test_copies_are_refused_and_nothing_may_be_sent_twice(base, data):
+def test_copies_are_refused_and_nothing_may_be_sent_twice(judged):
     """Kills: a payload replayed by its sender or by another; two clients that had nothing to say."""
     updates = {"ada": two(1.0, 2.0), "bob": two(1.0, 2.0), "cyd": two(0.0, 0.0), "dan": two(0.0, 0.0)}
-    found = judged(base, data, updates)
+    found = judged(updates)
     assert found.refused == {"bob": "sends the same payload as ada"}
 
 
-def test_a_forward_only_client_is_not_measured_by_those_with_backprop(base, data):
+def test_a_forward_only_client_is_not_measured_by_those_with_backprop(base, data, loaded):
     """Kills: a mixed federation in which the smaller steps of one half hold back the other half."""
     recipe = plan(base, data, "mixed")
-    guard = Guard(recipe, Replica(load_base(str(base)), recipe), {})
+    guard = Guard(recipe, Replica(loaded, recipe), {})
     sizes = {"a": (0, 1.0), "b": (0, 1.2), "c": (-1, 50.0), "d": (-1, 60.0), "e": (-1, 900.0)}
     answers = {c: Answer(c, 5, 2.0, 10, c) for c in sizes}
     marks = {c: Mark(group, norm) for c, (group, norm) in sizes.items()}
@@ -191,8 +204,10 @@ def test_a_forward_only_client_is_not_measured_by_those_with_backprop(base, data
 
 def test_bounded_updates_are_the_same_bits_wherever_they_are_redone():
     update = two(3.0, -0.1)
-    part = Contribution("ada", 5, 0.2, "00", scale=0.3, limit=1.0)
-    assert contributed(update, part).coefs.tolist() == [np.float32(0.3), np.float32(-0.1) * np.float32(0.3)]
+    assert Verdict(0.2, limit=1.0, scale=0.3).bounded(update).coefs.tolist() == [
+        np.float32(0.3),
+        np.float32(-0.1) * np.float32(0.3),
+    ]
     assert bounded(update, None, 1.0).coefs is update.coefs
 
 
@@ -223,9 +238,10 @@ def five(tmp_path_factory):
 def test_honest_clients_of_equal_norms_notice_nothing(base, data, tmp_path, recipe):
     """Kills: a defence that changes what it need not; weights that are rounded on the way."""
     loose = ("defences.norm_factor=1000", "defences.scalar_factor=1000")
+    small = ("local_steps=1", "batch_size=2", "evaluation.limit=3")
     events: list[dict] = []
-    guarded = federate(plan(base, data, recipe, *loose), tmp_path / "on", events.append)
-    bare = federate(plan(base, data, recipe, "defences.enabled=false"), tmp_path / "off", quiet)
+    guarded = federate(plan(base, data, recipe, *small, *loose), tmp_path / "on", events.append)
+    bare = federate(plan(base, data, recipe, *small, "defences.enabled=false"), tmp_path / "off", quiet)
     assert guarded["digest"] == bare["digest"]
     assert [(g["accepted"], g["refused"], g["clipped_norms"], g["capped_weights"]) for g in guards(events)] == [
         (3, [], 0.0, 0)
@@ -237,17 +253,16 @@ def final_loss(recipe, folder, lies) -> float:
     return prepared(recipe, folder, lies).run()["after"].overall.loss
 
 
-@pytest.mark.parametrize("lie", [times(1e4), times(-1e4)], ids=["large", "flipped"])
-def test_one_large_update_of_five_wrecks_an_undefended_run_only(base, five, tmp_path, lie):
+def test_one_large_update_of_five_wrecks_an_undefended_run_only(base, five, tmp_path):
     """Kills: the norm bound switched off, or taken from the mean."""
-    settings = ("rounds=3", "optimizer.lr=0.01", "uplink.dtype=fp16")
-    clean = final_loss(plan(base, five, "kilotune", *settings), tmp_path / "clean", {})
-    defended = final_loss(plan(base, five, "kilotune", *settings), tmp_path / "on", {"c3": lie})
-    undefended = final_loss(
-        plan(base, five, "kilotune", *settings, "defences.enabled=false"), tmp_path / "off", {"c3": lie}
-    )
-    assert defended < 1.1 * clean
-    assert not undefended < 2 * clean
+    settings = ("rounds=3", "local_steps=1", "optimizer.lr=0.02", "uplink.dtype=fp16", "evaluation.limit=5")
+    recipe = plan(base, five, "kilotune", *settings)
+    bare = plan(base, five, "kilotune", *settings, "defences.enabled=false")
+    clean = final_loss(recipe, tmp_path / "clean", {})
+    for factor in (1e4, -1e4):
+        lie = {"c3": times(factor)}
+        assert final_loss(recipe, tmp_path / f"on{factor}", lie) < 1.1 * clean
+        assert not final_loss(bare, tmp_path / f"off{factor}", lie) < 2 * clean
 
 
 def test_stale_heads_bad_facts_and_second_hand_payloads_are_refused_by_name(base, five, tmp_path):
@@ -265,7 +280,7 @@ def test_stale_heads_bad_facts_and_second_hand_payloads_are_refused_by_name(base
         "c3": claiming(round=7),
     }
     events: list[dict] = []
-    federation = prepared(plan(base, five, "kilotune", "rounds=2"), tmp_path, lies, events.append)
+    federation = prepared(plan(base, five, "kilotune", "rounds=2", "local_steps=1"), tmp_path, lies, events.append)
     federation.run()
     assert [[c.client for c in r.contributions] for r in federation.ledger.records] == [["c2", "c4"], ["c4"]]
     refused = {r["client"]: r["why"] for r in guards(events)[1]["refused"]}
@@ -277,7 +292,7 @@ def test_stale_heads_bad_facts_and_second_hand_payloads_are_refused_by_name(base
 
 def test_what_counted_is_in_the_ledger_and_rebuilds_the_broadcast(base, five, tmp_path):
     """Kills: weights, scales or limits that are not those of the sum, so that nobody can be subtracted."""
-    recipe = plan(base, five, "kilotune", "rounds=2", "uplink.dtype=fp16")
+    recipe = plan(base, five, "kilotune", "rounds=2", "local_steps=1", "uplink.dtype=fp16")
     lies = {"c1": times(50.0), "c2": claiming(num_examples=10**6)}
     federation = prepared(recipe, tmp_path, lies)
     federation.run()
@@ -286,7 +301,7 @@ def test_what_counted_is_in_the_ledger_and_rebuilds_the_broadcast(base, five, tm
         sent = {e.client: e.payload for e in Book(tmp_path / "contributions").entries(record.round)}
         assert record.contributions[1].scale < 0.1
         assert max(c.weight for c in record.contributions) == pytest.approx(2 / 5)
-        parts = [contributed(recipe.uplink.decode(sent[c.client], context), c) for c in record.contributions]
+        parts = [bounded(recipe.uplink.decode(sent[c.client], context), c.limit, c.scale) for c in record.contributions]
         mean = recipe.aggregation.combine(parts, np.array([c.weight for c in record.contributions]), {})
         payload = recipe.downlink.encode(outer_step(recipe.server_optimizer, mean, {}), context, {})
         assert payload == federation.ledger.payload(record.round)
@@ -298,16 +313,16 @@ class Killed(BaseException):
 
 def test_a_resumed_guard_decides_as_an_undisturbed_one(base, five, tmp_path):
     """Kills: medians that start anew after a crash, so that other scalars are cut."""
-    recipe = plan(base, five, "kilotune_zeroth", "rounds=4", *SEEDS)
+    recipe = plan(base, five, "kilotune_zeroth", "rounds=3", *SEEDS)
     lies = {"c1": times(30.0)}
     whole = prepared(recipe, tmp_path / "whole", lies)
     whole.run()
     cuts = [c.limit for r in whole.ledger.records for c in r.contributions if c.client == "c1"]
-    assert len(set(cuts)) == 4
+    assert len(set(cuts)) == 3
     assert None not in cuts
 
     def dying(event):
-        if event["event"] == "guard" and event["round"] == 3:
+        if event["event"] == "guard" and event["round"] == 2:
             raise Killed
 
     with pytest.raises(Killed):
@@ -323,12 +338,13 @@ def test_a_resumed_guard_decides_as_an_undisturbed_one(base, five, tmp_path):
     [
         ("kilotune", ("server_optimizer={name: sgd, lr: 0.7, momentum: 0.5}", "uplink.dtype=fp16")),
         ("kilotune_zeroth", ("defences.gate=5",)),  # its honest rounds go up and down on a tiny model
-        ("fedavg_lora", ("uplink.dtype=fp32",)),
+        ("fedavg_lora", ("uplink.dtype=fp32", "local_steps=2")),  # its first step moves one factor of two
     ],
 )
 def test_the_gate_turns_a_harmful_round_into_a_change_of_zero(base, five, tmp_path, recipe, settings):
     """Kills: a rejected round that moves weights or the server's momentum, breaks the chain or cannot be replayed."""
     bare = ("defences.norm_factor=1e30", "defences.scalar_factor=1e30", "defences.gate=0.05", "rounds=3")
+    bare += ("local_steps=1", "evaluation.limit=5")
     composed, events = plan(base, five, recipe, *bare, *settings), []
 
     def at_round_two(replica, request, reply):
@@ -358,7 +374,7 @@ def test_without_rows_on_the_server_the_gate_is_open(base, data, tmp_path):
 
 def test_shared_directions_are_the_same_for_all_and_new_in_each_round(base, five, tmp_path):
     """Kills: a draw that contains the client's name or not the round's number; a client that chooses its own."""
-    recipe, seen = plan(base, five, "robust_seeds", "local_steps=6"), {}
+    recipe, seen = plan(base, five, "robust_seeds", "local_steps=6", "batch_size=2"), {}
 
     def looking(update):
         seen.setdefault(len(seen), update.indices.tolist())

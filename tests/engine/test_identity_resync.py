@@ -34,7 +34,7 @@ class Sealed:
 @pytest.fixture
 def deployment(base, data, tmp_path):
     """(plan, ends, workers, a function that makes a federation)."""
-    recipe = plan(base, data, "kilotune", "rounds=4")
+    recipe = plan(base, data, "kilotune", "rounds=4", "local_steps=1", "batch_size=2", "evaluation.limit=3")
     workers = {}
     ends = Ends(tmp_path, *CLIENTS, handlers={name: lambda r, name=name: workers[name].handle(r) for name in CLIENTS})
 

@@ -7,14 +7,16 @@ import pytest
 import torch
 
 from federating import plan as small_plan
+from federating import write_rows
 from kilotune.core.errors import RecipeError
-from kilotune.engine import budget, planner, slices
+from kilotune.engine import budget, planner, slices, workload
 from kilotune.engine.batches import lay_out
 from kilotune.engine.budget import Budget, parse_size
 from kilotune.engine.compose import compose
 from kilotune.engine.facts import read_facts
 from kilotune.engine.models import load_base
 from kilotune.engine.replica import Replica
+from kilotune.engine.session import tune
 from kilotune.engine.tokenize import IGNORE, Example
 from tiny import save_tiny
 
@@ -79,11 +81,11 @@ def test_batches_are_those_of_a_run(packs, limit):
     """Kills: padding or shared starts left out; a limit applied to rows in place of tokens."""
     examples = rows(24)
     laid = lay_out(examples, limit, 0, packs)
-    assert planner.batch_tokens(examples, limit, packs) == [batch.input_ids.numel() for batch in laid]
+    assert workload.batch_tokens(examples, limit, packs) == [batch.input_ids.numel() for batch in laid]
 
 
 def load_of(steps, labels=10.0):
-    return planner.Workload(3, steps, labels, 60, 20.0, 8)
+    return workload.Workload(3, steps, labels, 60, 20.0, 8)
 
 
 def test_costs_of_slices_add_up_to_those_of_the_whole(tmp_path):
@@ -138,6 +140,21 @@ def test_a_measurement_is_remembered_until_it_is_asked_for_anew(tmp_path, data, 
         assert (found["seconds"] is None) == (times is None) and len(calls) == count
 
 
+@pytest.mark.parametrize("settings", [(), ("sharding.cumulative=false", "sharding.orders=1", "sharding.shards=3")])
+def test_the_time_of_sharding_counts_every_step_of_a_run(base, tmp_path, monkeypatch, settings):
+    """Kills: the steps of one order for those of all; stages counted for each order that begins alike; stages that have
+    no rows."""
+    small = ("steps=4", "parametrization.config={r: 2, target_modules: [q_proj]}", "evaluation.limit=3")
+    plan = small_plan(base, write_rows(tmp_path / "few.jsonl", 4, ("ada",)), "local_unlearning", *small, *settings)
+    steps: list[dict] = []
+    tune(plan, tmp_path / "run", lambda event: steps.append(event) if event["event"] == "step" else None)
+    wire = {str(layers): {f"layers.{i}.A": 1 for i in range(layers)} for layers in (slices.SMALL, slices.LARGE)}
+    monkeypatch.setattr(slices, "_measure", lambda plan, folder: FIGURES | {"wire": wire})
+    found = planner.predict(plan, None, True)
+    assert workload.planned_steps(plan, 1) == len(steps)
+    assert found["seconds"] == pytest.approx(len(steps) * found["seconds_per_step"])
+
+
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
@@ -153,7 +170,7 @@ def test_memory_counts_what_the_parts_keep(tmp_path):
     ):
         plan = compose(name, "federate", [*assignments, "evaluation.generate=false"])
         numel = planner.wire_numbers(plan, facts, FIGURES)
-        load = planner.Workload(3, [[20_000]], 4.0, 60, 20.0, 0)
+        load = workload.Workload(3, [[20_000]], 4.0, 60, 20.0, 0)
         sizes[name, *assignments] = planner.memory_bytes(plan, facts, numel, load, FIGURES)
     rest = FIGURES["idle_bytes"] + 4 * facts.numbers
     kept = 20_000 * (2 * FIGURES["layer_token_bytes"] + FIGURES["rest_token_bytes"])
@@ -218,7 +235,9 @@ def test_without_limits_all_fit_in_the_expected_order(proposals):
 
 def test_bytes_are_up_and_down_together_and_the_reason_names_both_numbers(proposals):
     """Kills: one direction only; a reason without its number."""
-    found = proposals(None, Budget(bytes=20_000))
+    found = proposals(
+        None, Budget(bytes=20_000), "local_steps=1", "micro_batch_tokens=256", "evaluation.generate=false"
+    )
     refused = {entry["recipe"]: entry["exceeds"] for entry in found["exceeds"]}
     assert refused["fedavg_lora"] == ["bytes: 4.8 MB per client and round, allowed 20.0 kB"]
     assert names_of(found["fits"])[0] == ("kilotune",)
@@ -232,7 +251,7 @@ def test_dials_are_turned_only_as_far_as_needed(proposals):
     seconds = found["seconds"] / 60
     fewer = proposals("kilotune", Budget(minutes=seconds / 2), "basis.size=64")["fits"][-1]
     assert fewer["set"][-1] == "local_steps=2" and fewer["seconds"] <= 30 * seconds
-    none = proposals("kilotune", Budget(memory=1000), "basis.size=64")
+    none = proposals("kilotune", Budget(memory=1000), "basis.size=64", "local_steps=1")
     assert not none["fits"]
     assert none["exceeds"][0]["exceeds"][0].startswith("memory: ")
     assert none["exceeds"][0]["exceeds"][0].endswith("allowed 1.0 kB")

@@ -29,6 +29,7 @@ from kilotune.engine.tally import outer_step
 from kilotune.engine.worker import Worker
 
 MASKED = ("secure_aggregation.enabled=true", "defences.enabled=false", "keep_contributions=never")
+QUICK = ("local_steps=1", "batch_size=2")
 STAGES = ("secure.keys", "secure.shares", "train", "secure.unmask")
 
 
@@ -175,7 +176,7 @@ def lead(recipe, base: Path, folder: Path, exchange, emit=quiet) -> tuple[Ledger
 @pytest.fixture(scope="module")
 def recipe(base, data):
     """Clients with a memory, so that a state that advances twice would show."""
-    return plan(base, data, "secure", "basis.refresh=run", "keep_optimizer=true", "evaluation.limit=1")
+    return plan(base, data, "secure", "basis.refresh=run", "keep_optimizer=true", "evaluation.limit=1", *QUICK)
 
 
 @pytest.fixture(scope="module")

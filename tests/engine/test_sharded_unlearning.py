@@ -23,6 +23,7 @@ SMALL = (
     "parametrization.config={r: 2, lora_alpha: 4, target_modules: [q_proj, down_proj]}",
     "optimizer.lr=0.01",
     "steps=2",
+    "evaluation.limit=3",
 )
 
 

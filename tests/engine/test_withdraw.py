@@ -23,6 +23,7 @@ from kilotune.engine.withdraw import verify, withdraw
 from kilotune.engine.withdrawn import exclude, withdrawn
 from lying import prepared, times
 
+QUICK = ("local_steps=1", "batch_size=2", "evaluation.limit=3")
 PAIRS = ("optimizer={name: sgd, lr: 0.01}",)
 
 
@@ -42,7 +43,7 @@ def taken_out(run, output, how="subtract", client="bob", keys=None):
 )
 def test_one_round_without_a_client_is_the_round_of_a_federation_that_never_had_it(base, data, tmp_path, recipe, liar):
     """Kills: weights that are not shared out anew; bounds of the others that still follow the client who left."""
-    settings = ("rounds=1", "local_steps=1", *(PAIRS if "fedkseed" in recipe else ()))
+    settings = ("rounds=1", *QUICK, *(PAIRS if "fedkseed" in recipe else ()))
     lies = {"bob": times(30.0)} if liar else {}
     prepared(plan(base, data, recipe, *settings), tmp_path / "run", lies).run()
     two = write_rows(tmp_path / "two.jsonl")
@@ -78,7 +79,7 @@ def by_hand(recipe, replica, record, sent) -> bytes:
 def test_every_round_of_the_new_run_is_the_weighted_mean_of_the_others(base, data, tmp_path, name):
     """Kills: a share subtracted after quantization; a round that was forgotten; weights that do not sum to 1."""
     settings = (*PAIRS, "defences.enabled=false") if name == "fedkseed" else ("defences.enabled=false",)
-    recipe = plan(base, data, name, "local_steps=1", *settings)
+    recipe = plan(base, data, name, *QUICK, *settings)
     federate(recipe, tmp_path / "run", quiet)
     before = content(tmp_path / "run")
     result = taken_out(tmp_path / "run", tmp_path / "new")
@@ -110,22 +111,22 @@ def plain(part) -> dict:
 
 def test_two_clients_can_leave_one_after_the_other_and_all_of_them(base, data, tmp_path):
     """Kills: a new run that nobody can leave; a round without anybody that still moves the weights."""
-    federate(plan(base, data, "kilotune", "rounds=1"), tmp_path / "0", quiet)
+    federate(plan(base, data, "kilotune", "rounds=1", *QUICK), tmp_path / "0", quiet)
     for number, client in enumerate(("bob", "ada", "cyd")):
         result = taken_out(tmp_path / str(number), tmp_path / str(number + 1), client=client)
     assert withdrawn(tmp_path / "3") == {"ada", "bob", "cyd"}
     assert len(list((tmp_path / "3").glob("withdrawal-*.json"))) == 3
-    fresh = Replica(load_base(str(base)), plan(base, data, "kilotune"))
+    fresh = Replica(load_base(str(base)), plan(base, data, "kilotune", *QUICK))
     assert result["new"]["digest"] == fresh.digest()
 
 
 def test_a_run_taken_back_to_its_start_goes_on_as_if_the_client_had_never_been_there(base, data, tmp_path):
     """Kills: a client that takes part again; memory of rounds that were taken back."""
-    recipe = plan(base, data, "kilotune")
+    recipe = plan(base, data, "kilotune", *QUICK)
     federate(recipe, tmp_path / "run", quiet)
     two = write_rows(tmp_path / "two.jsonl")
     two.write_text("".join(line for line in two.open() if '"bob"' not in line))
-    never = federate(plan(base, two, "kilotune"), tmp_path / "never", quiet)
+    never = federate(plan(base, two, "kilotune", *QUICK), tmp_path / "never", quiet)
     result = taken_out(tmp_path / "run", tmp_path / "new", "replay")
     assert (result["rounds"], result["rounds_kept"]) == (0, 0)
     assert federate(recipe, tmp_path / "new", quiet)["ledger_head"] == never["ledger_head"]
@@ -136,7 +137,7 @@ def test_rounds_before_the_clients_first_are_kept_bit_for_bit(base, data, tmp_pa
     """Kills: one round too many or too few; a resumed run that does not remember what its server did."""
     settings = (
         "rounds=4",
-        "local_steps=1",
+        *QUICK,
         "schedule={name: uniform, clients_per_round: 1}",
         "basis.refresh=run",
         "seed=1",
@@ -169,7 +170,7 @@ def test_a_server_at_work_asks_who_is_excluded_no_more(base, data, tmp_path):
         if event["event"] == "round" and event["round"] == 1:
             exclude(tmp_path, "bob")
 
-    federation = prepared(plan(base, data, "kilotune", "rounds=3"), tmp_path, emit=leaving)
+    federation = prepared(plan(base, data, "kilotune", "rounds=3", *QUICK), tmp_path, emit=leaving)
     federation.run()
     assert [client for number, client in federation.exchange.asked if number > 1] == ["ada", "cyd"] * 2
 
@@ -178,7 +179,7 @@ def test_a_server_at_work_asks_who_is_excluded_no_more(base, data, tmp_path):
 
 
 def test_contributions_that_are_not_there_or_not_what_counted_are_named(base, data, tmp_path):
-    federate(plan(base, data, "kilotune"), tmp_path / "run", quiet)
+    federate(plan(base, data, "kilotune", *QUICK), tmp_path / "run", quiet)
     with pytest.raises(RunError, match="got client 'bobby', expected one of ada, bob, cyd"):
         taken_out(tmp_path / "run", tmp_path / "new", client="bobby")
     path = tmp_path / "run" / "contributions" / "00002.bin"
@@ -199,11 +200,11 @@ def test_contributions_that_are_not_there_or_not_what_counted_are_named(base, da
 
 
 def test_runs_that_hide_single_updates_are_refused_with_what_can_be_done(base, data, tmp_path):
-    private = plan(base, data, "private_central", "privacy.clients=3", "rounds=1")
+    private = plan(base, data, "private_central", "privacy.clients=3", "rounds=1", *QUICK)
     federate(private, tmp_path / "private", quiet)
     with pytest.raises(IncompatibleError, match="names nobody"):
         taken_out(tmp_path / "private", tmp_path / "new")
-    federate(plan(base, data, "secure", "rounds=1"), tmp_path / "secure", quiet)
+    federate(plan(base, data, "secure", "rounds=1", *QUICK), tmp_path / "secure", quiet)
     with pytest.raises(IncompatibleError, match="Use --how replay"):
         taken_out(tmp_path / "secure", tmp_path / "new")
     assert taken_out(tmp_path / "secure", tmp_path / "new", "replay")["rounds"] == 0
@@ -215,7 +216,7 @@ def test_runs_that_hide_single_updates_are_refused_with_what_can_be_done(base, d
 @pytest.fixture(scope="module")
 def certified(base, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("certified")
-    federate(plan(base, data, "kilotune"), folder / "run", quiet)
+    federate(plan(base, data, "kilotune", *QUICK), folder / "run", quiet)
     init_server(folder / "keys", "127.0.0.1", 8443, ["bob"])
     return folder, taken_out(folder / "run", folder / "new", keys=folder / "keys")
 

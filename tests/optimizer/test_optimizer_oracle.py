@@ -14,6 +14,11 @@ CASES: list[tuple[Optimizer, type[torch.optim.Optimizer], dict[str, Any]]] = [
     (SGD(weight_decay=0.1), torch.optim.SGD, {"weight_decay": 0.1}),
     (SGD(momentum=0.9), torch.optim.SGD, {"momentum": 0.9}),
     (SGD(momentum=0.9, weight_decay=0.1), torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.1}),
+    (
+        SGD(momentum=0.9, nesterov=True, weight_decay=0.1),
+        torch.optim.SGD,
+        {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+    ),
     (AdamW(), torch.optim.AdamW, {"weight_decay": 0.0}),
     (AdamW(weight_decay=0.1), torch.optim.AdamW, {"weight_decay": 0.1}),
     (AdamW(betas=(0.8, 0.9), eps=1e-3), torch.optim.AdamW, {"betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": 0.0}),

@@ -20,7 +20,8 @@ from kilotune.engine.ledger import Ledger
 from kilotune.engine.loss import answer_loss
 from kilotune.engine.measure import replay
 from kilotune.engine.models import load_base
-from kilotune.engine.private import NoisyMean, PrivateSteps, private_rounds
+from kilotune.engine.private import NoisyMean, private_rounds
+from kilotune.engine.privatesteps import PrivateSteps
 from kilotune.engine.replica import Replica
 from kilotune.engine.session import encode_rows, federate, split_rows
 from kilotune.engine.step import BatchObjective
@@ -31,11 +32,11 @@ NOISE = ("privacy.epsilon=null", "privacy.noise_multiplier=1.0")
 
 
 def central(base, data, *more):
-    return plan(base, data, "private_central", *NOISE, "local_steps=1", *more)
+    return plan(base, data, "private_central", *NOISE, "local_steps=1", "batch_size=2", "evaluation.limit=3", *more)
 
 
 def local(base, data, *more):
-    return plan(base, data, "private_local", *NOISE, "local_steps=2", "batch_size=4", *more)
+    return plan(base, data, "private_local", *NOISE, "local_steps=2", "batch_size=4", "evaluation.limit=3", *more)
 
 
 def events_of(folder):
@@ -198,30 +199,35 @@ def test_equal_public_seeds_give_other_noise(base, data, run, tmp_path):
     assert payloads[0] != payloads[1]
 
 
-@pytest.mark.parametrize("moment", ["client", "charged", "appended", "round"])
-def test_a_kill_neither_forgets_nor_repeats_a_payment(base, data, tmp_path, run, moment, monkeypatch):
+def test_kills_neither_forget_nor_repeat_a_payment(base, data, tmp_path, run, monkeypatch):
     """Kills: an account that is saved after the ledger, reset on resume, or pays for a draw that nobody saw."""
-    recipe, append, calls = central(base, data, "rounds=3"), Ledger.append, []
+    recipe, append = central(base, data, "rounds=3"), Ledger.append
 
-    def dying(self, *args):
-        calls.append(1)
-        if moment == "charged" and len(calls) == 2:
-            raise Killed
-        record = append(self, *args)
-        if moment == "appended" and len(calls) == 2:
-            raise Killed
-        return record
+    for moment, number in (
+        ("client", 1),
+        ("charged", 1),
+        ("appended", 1),
+        ("round", 2),
+        ("charged", 3),
+        ("appended", 3),
+    ):
 
-    def told(event):
-        if event["event"] == "round" and moment == "round" and event["round"] == 2:
-            raise Killed
-        if event["event"] == "guard" and moment == "client" and event["round"] == 2:
-            raise Killed
+        def dying(self, *args, moment=moment, number=number):
+            if moment == "charged" and len(self) == number - 1:
+                raise Killed
+            record = append(self, *args)
+            if moment == "appended" and record.round == number:
+                raise Killed
+            return record
 
-    monkeypatch.setattr(Ledger, "append", dying)
-    with pytest.raises(Killed):
-        federate(recipe, tmp_path / "run", told)
-    monkeypatch.undo()
+        def told(event, moment=moment, number=number):
+            if event["event"] == {"client": "guard"}.get(moment, moment) and event["round"] == number:
+                raise Killed
+
+        monkeypatch.setattr(Ledger, "append", dying)
+        with pytest.raises(Killed):
+            federate(recipe, tmp_path / "run", told)
+        monkeypatch.undo()
     summary = federate(recipe, tmp_path / "run", quiet)
     assert summary["privacy"] == run[1]["privacy"]
     assert summary["rounds"] == 3

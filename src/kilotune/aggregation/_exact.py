@@ -56,7 +56,7 @@ def add_exactly(total: np.ndarray, values: np.ndarray, weight: float, rest: np.n
         back = rounded - old
         lost = (old - (rounded - back)) + (term - back)
         total[i], rest[i] = rounded, lost
-        lost_any |= lost != 0.0
+        lost_any |= abs(lost) > 0.0  # NaN, of a sum that is not finite any more, is not: adding it up would never end
     return lost_any
 
 

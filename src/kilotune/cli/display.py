@@ -183,6 +183,12 @@ class Display:
         self._marks.clear()
         self._done = max(self._done, event.get(self.unit, 0))
 
+    def _on_warning(self, event: Event) -> None:
+        self._line(f"warning: {clean(event['text'])}", "yellow")
+
+    def _on_rejected(self, event: Event) -> None:
+        self._line(f"round {event['round']} changes nothing: {clean(event['why'])}", "yellow")
+
     def _on_stopped(self, event: Event) -> None:
         self._line(f"stopped early: {clean(event['why'])}", "yellow")
 

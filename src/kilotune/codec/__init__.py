@@ -7,7 +7,7 @@ determined in length by its header, so that a cut, padded or foreign payload is 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from kilotune.core.errors import WireError
@@ -21,9 +21,48 @@ __all__ = ["Codec", "SeedUpdate", "State", "TensorUpdate", "Update", "WireContex
 
 
 class Codec(Method):
-    """Contract. `takes` says which kind of update `encode` accepts: "tensors" or "seeds"."""
+    """Contract. `takes` says which kind of update `encode` accepts: "tensors" or "seeds".
+
+    Words in `gives`. pairs: what it decodes to are pairs, whatever it takes. summable: one number of a fixed meaning
+    per place for every client, so that integers under masks may stand in for its own encoding. own_support: each
+    sender chooses which numbers it sends. round_bound: a payload means something in its own round only.
+    """
 
     takes: ClassVar[Literal["tensors", "seeds"]] = "tensors"
+
+    @property
+    def bare(self) -> Codec:
+        """What makes the bytes: the innermost codec where this one only wraps another."""
+        return self
+
+    @property
+    def traits(self) -> frozenset[str]:
+        """`gives` of this codec and of all codecs inside it."""
+        return self.gives.union(*(part.traits for _, part in self if isinstance(part, Codec)))
+
+    @property
+    def exact(self) -> bool:
+        """Whether `predict_bytes` is the length of every payload, not only a bound."""
+        return True
+
+    @property
+    def remembers(self) -> bool:
+        """Whether `encode` uses its state."""
+        return False
+
+    @property
+    def bounded_loss(self) -> bool:
+        """Whether error feedback may go around it: what a round loses does not grow from round to round."""
+        return True
+
+    @property
+    def cycle(self) -> int:
+        """Rounds in which every tensor travels once."""
+        return 1
+
+    def travels(self, names: Iterable[str], round: int) -> list[str]:
+        """The tensors of which something is sent in a round; all by default."""
+        return list(names)
 
     @abstractmethod
     def encode(self, update: Update, context: WireContext, state: State) -> bytes:
@@ -39,6 +78,11 @@ class Codec(Method):
 
         `update_numel`: elements of each tensor of a TensorUpdate; `num_pairs`: pairs of a SeedUpdate.
         """
+
+    def repeats(self, payload: bytes, own: bytes, context: WireContext) -> bool:
+        """Whether the payload of a round says of the context's sender nothing but what it sent, `own`; payloads that
+        name nobody do."""
+        return True
 
     def carried(self, state: State, root: int) -> State:
         """The part of `state` that still means something in a round of this root; all of it by default."""

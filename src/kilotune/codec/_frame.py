@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Shapes = dict[str, tuple[int, ...]]
+TOP = 1e38  # beyond this a decoded float32 number could overflow
 
 DTYPE_CODES = {"fp32": 0, "fp16": 1, "bf16": 2, "int8": 3, "int16": 4}
 """Numbers of the element types in headers, one table for all codecs."""
@@ -66,6 +67,17 @@ def check_finite(codec: str, what: str, values: np.ndarray) -> None:
     """Refuse NaN and infinity."""
     if not np.isfinite(values).all():
         raise WireError(f"{codec}: got NaN or infinity in {what}, expected finite numbers. The sender diverged.")
+
+
+def check_range(codec: str, name: str, values: np.ndarray) -> None:
+    """Refuse to send numbers that are not finite, or so large that a scale times an integer could overflow."""
+    check_finite(codec, f"tensor {name!r}", values)
+    peak = max(float(values.max()), -float(values.min())) if values.size else 0.0
+    if peak > TOP:
+        raise WireError(
+            f"{codec}: got {peak:.3g} in tensor {name!r}, expected at most {TOP}. The client diverged; "
+            "lower optimizer.lr."
+        )
 
 
 def check_indices(codec: str, indices: np.ndarray, size: int) -> None:

@@ -24,7 +24,7 @@ from kilotune.codec._blocks import block_peaks, layout, round_up_fp16, signed
 from kilotune.codec._frame import (
     DTYPE_CODES,
     check,
-    check_finite,
+    check_range,
     check_tensors,
     in_name_order,
     numel,
@@ -38,15 +38,21 @@ HEADER = struct.Struct("<4sBHhIIQ")
 MAGIC = b"COF1"
 LIMIT = {"int8": 127, "int16": 32767, "fp16": 32768}  # largest |q|
 WIRE = {"int8": "<i1", "int16": "<i2", "fp16": "<f2"}
-TOP = 1e38  # beyond this the float32 result could overflow
 
 
 class Coefficients(Codec):
     """Quantized tensors of few numbers, normally one tensor of coordinates (M,)."""
 
+    gives = frozenset({"summable"})
+
     dtype: Literal["int8", "int16", "fp16"] = Field("int8", description="type of a number inside its block")
     block: int = Field(64, ge=1, le=65535, description="numbers that share a 2-byte step")
     error_feedback: bool = Field(True, description="add what rounding lost to the next update under the same root")
+
+    @property
+    def remembers(self) -> bool:
+        """With error feedback."""
+        return self.error_feedback
 
     def encode(self, update: Update, context: WireContext, state: State) -> bytes:
         """State: `residual/<name>` float32 and `residual_root` () int64, both only with error feedback."""
@@ -76,31 +82,18 @@ class Coefficients(Codec):
 
     def _values(self, update: TensorUpdate, context: WireContext, state: State) -> dict[str, np.ndarray]:
         """(n,) float64 of each tensor in name order: the update plus what earlier rounds lost."""
-        carried = self._carried(context, state)
-        values = {}
+        kept, values = self.carried(state, context.root), {}
         for name in sorted(context.shapes):
             value = update.tensors[name].detach().cpu().reshape(-1).double().numpy()
-            check_finite("coefficients", f"tensor {name!r}", value)
-            if value.size and np.abs(value).max() > TOP:
-                raise WireError(
-                    f"coefficients: got {np.abs(value).max():.3g} in tensor {name!r}, expected at most {TOP}. "
-                    "The client diverged; lower optimizer.lr."
-                )
-            values[name] = value + carried[name] if name in carried else value
+            check_range("coefficients", name, value)
+            last = kept.get(f"residual/{name}")
+            values[name] = value if last is None else value + last.reshape(-1).double().numpy()
         return values
 
     def carried(self, state: State, root: int) -> State:
         """Residuals, if the root is still theirs: under another one the same numbers are another direction."""
         last = state.get("residual_root")
         return state if self.error_feedback and last is not None and int(last) == signed(root) else {}
-
-    def _carried(self, context: WireContext, state: State) -> dict[str, np.ndarray]:
-        kept = self.carried(state, context.root)
-        return {
-            name: kept[f"residual/{name}"].reshape(-1).double().numpy()
-            for name in context.shapes
-            if f"residual/{name}" in kept
-        }
 
     def _quantize(self, value: np.ndarray, scale: np.ndarray, exponent: int) -> np.ndarray:
         step = np.repeat(np.ldexp(scale.astype(np.float64), exponent), self.block)[: value.size]

@@ -38,6 +38,8 @@ MOST = 65535  # what a 2-byte count can say
 class Projection(Codec):
     """Clients encode tensors, the server encodes aggregated coordinates; both decode to pairs with groups."""
 
+    gives = frozenset({"pairs", "own_support", "round_bound"})
+
     law: Literal["uniform", "sign", "gaussian"] = Field("uniform", description="noise; the paper's is near uniform")
     num_seeds: int = Field(200, ge=1, le=MOST, description="K when the recipe has no basis; script of the paper")
     max_norm: float = Field(10.0, gt=0, description="largest norm of one seed's share of a group; official code")

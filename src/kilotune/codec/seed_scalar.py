@@ -30,6 +30,7 @@ class SeedScalar(Codec):
     """Pairs in the order of the steps, so that receivers can count every single one."""
 
     takes = "seeds"
+    gives = frozenset({"pairs", "summable"})
 
     coef_dtype: Literal["fp32", "fp16"] = Field("fp32", description="type of a coefficient; fp32 as in the paper")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -50,12 +51,14 @@ class TensorUpdate:
 class SeedUpdate:
     """A change written as n (direction, coefficient) pairs of a public basis; directions may repeat.
 
-    `groups` is None, or names for each pair the group of tensors it acts on (Ferret).
+    `groups` is None, or names for each pair the group of tensors it acts on (Ferret). `senders` is None, or names for
+    each pair who probed it (peers that hear of each other's steps one by one).
     """
 
     indices: np.ndarray  # (n,) int64
     coefs: np.ndarray  # (n,) float32, the amount by which the weights move along the direction
     groups: np.ndarray | None = None  # (n,) int64
+    senders: np.ndarray | None = None  # (n,) int64
 
 
 Update = TensorUpdate | SeedUpdate
@@ -67,7 +70,8 @@ class WireContext:
 
     `root` seeds the round's public noise; `shapes` lists the trainable tensors in model order;
     `size` is the number of directions of the basis (0 when there is none); `rng` is the sender's
-    private generator (absent when decoding).
+    private generator (absent when decoding). `sender` is a number for whose update it is; `probes` gives for such a
+    number the directions, (steps,) int64, of all steps it may take in the round.
     """
 
     round: int
@@ -75,3 +79,5 @@ class WireContext:
     shapes: dict[str, tuple[int, ...]]
     size: int = 0
     rng: np.random.Generator | None = field(default=None, compare=False)
+    sender: int = 0
+    probes: Callable[[int], np.ndarray] | None = field(default=None, compare=False)

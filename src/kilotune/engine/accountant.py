@@ -10,14 +10,17 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from kilotune.core.errors import RecipeError, RunError
 from kilotune.engine.files import write_json
+from kilotune.privacy import Privacy
 
-__all__ = ["Accountant", "Release", "calibrate", "epsilon_of"]
+__all__ = ["SPENDING", "Accountant", "Release", "calibrate", "epsilon_of", "round_key", "statement", "with_noise"]
+
+SPENDING = "privacy.json"
 
 # Close together where large budgets have their best order, wide apart where small ones have it.
 ORDERS = (*(n / 10 for n in range(11, 30)), *(n / 4 for n in range(12, 40)), *range(10, 48, 2), *range(48, 144, 16))
@@ -200,3 +203,37 @@ class Accountant:
 def _counted(entry: list[Any]) -> tuple[Release, int]:
     *fields, count = entry
     return Release(*fields), int(count)
+
+
+# -- of a run ---------------------------------------------------------------------------------------------------------
+
+
+def round_key(number: int, head: str) -> str:
+    """What a release of a round is charged under: made again after the same history it is the same release."""
+    return f"{number}:{head}"
+
+
+def with_noise(release: Release, accountant: Accountant, privacy: Privacy, planned: int) -> Release:
+    """The noise this run began with; at its start the recipe's, or the least for the planned number of releases."""
+    noise = accountant.noise_multiplier
+    if noise is None:
+        noise = privacy.noise_multiplier
+        if noise is None and privacy.epsilon is not None:
+            noise = calibrate(release, planned, privacy.epsilon, privacy.delta)
+        accountant.start(cast(float, noise))
+    return replace(release, noise_multiplier=cast(float, noise))
+
+
+def statement(privacy: Privacy, accountant: Accountant, release: Release) -> dict[str, Any]:
+    """What may be said of everything released so far."""
+    return {
+        "unit": privacy.unit,
+        "epsilon": accountant.epsilon(),
+        "delta": privacy.delta,
+        "budget": privacy.epsilon,
+        "neighbours": release.neighbours,
+        "sampling": release.sampling,
+        "clip": privacy.clip,
+        "noise_multiplier": release.noise_multiplier,
+        "accountant": "Renyi divergences, dp-accounting",
+    }

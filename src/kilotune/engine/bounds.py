@@ -5,7 +5,9 @@ coefficient larger than the learning rate times that. Clients keep to it, the se
 `shared_directions` the server also knows which directions are probed.
 """
 
+import hashlib
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from kilotune.core.rng import stream
 
 if TYPE_CHECKING:
     from kilotune.core.trainable import Trainable
+    from kilotune.core.types import WireContext
     from kilotune.engine.compose import Plan
     from kilotune.engine.recipe import Recipe
 
@@ -48,5 +51,38 @@ def step_stream(recipe: "Recipe", client: str, number: int, step: int) -> np.ran
 
 def prescribed(plan: "Plan", trainable: "Trainable", number: int) -> np.ndarray:
     """(local_steps,) int64: the directions that every client probes in a round with `shared_directions`."""
-    draws = [trainable.draw(step_stream(plan.recipe, "", number, step)) for step in range(plan.recipe.local_steps)]
+    return _drawn(plan, trainable, number, "", plan.recipe.local_steps)
+
+
+def probes(plan: "Plan", trainable: "Trainable", number: int, sender: int) -> np.ndarray:
+    """(steps,) int64: the directions of all steps that a sender may take in a round, for an uplink whose payloads are
+    bound to their senders."""
+    steps = max([plan.recipe.local_steps, *(group.local_steps or 0 for group in plan.recipe.clients)])
+    return _drawn(plan, trainable, number, _public_name(sender), steps)
+
+
+def _drawn(plan: "Plan", trainable: "Trainable", number: int, client: str, steps: int) -> np.ndarray:
+    draws = [trainable.draw(step_stream(plan.recipe, client, number, step)) for step in range(steps)]
     return np.array([direction.index for direction in draws], dtype=np.int64)
+
+
+# -- senders ----------------------------------------------------------------------------------------------------------
+
+
+def sender_number(client: str) -> int:
+    """What stands for a client in payloads that name their senders: 4 bytes of its name's SHA-256."""
+    return int.from_bytes(hashlib.sha256(client.encode()).digest()[:4], "little")
+
+
+def said_by(client: str, context: "WireContext") -> "WireContext":
+    """The context of one client's payload."""
+    return replace(context, sender=sender_number(client))
+
+
+def prober(plan: "Plan", client: str) -> str:
+    """Under which name a client draws its directions: its own, or one that the receivers can tell from its number."""
+    return _public_name(sender_number(client)) if "sender_bound" in plan.uplink.traits else client
+
+
+def _public_name(sender: int) -> str:
+    return f"{sender:08x}"

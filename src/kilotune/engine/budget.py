@@ -7,7 +7,7 @@ from typing import Any
 
 from kilotune.core.errors import RecipeError
 from kilotune.core.units import human_bytes, human_seconds
-from kilotune.engine import planner
+from kilotune.engine import planner, workload
 from kilotune.engine.compose import Plan, build, override, read
 from kilotune.engine.facts import Facts
 
@@ -100,13 +100,13 @@ def propose(
     """
     fitting: list[dict[str, Any]] = []
     failing: list[dict[str, Any]] = []
-    sample: planner.Sample | None = None
+    sample: workload.Sample | None = None
     for name, dials, reason in _candidates(recipe):
         plan = _build(name, [*dials, *assignments])
         folder, facts = planner.open_facts(plan, emit)
         if sample is None:
             emit({"event": "status", "text": f"reading {plan.recipe.data.path}"})
-            sample = planner.sample_rows(plan)
+            sample = workload.sample_rows(plan)
         figures = planner.figures_of(plan, folder, None, emit)
         entry = _best(name, [*dials, *assignments], dials, facts, sample, clients, figures, budget)
         entry["expected"] = reason
@@ -132,7 +132,7 @@ def _best(
     assignments: list[str],
     dials: tuple[str, ...],
     facts: Facts,
-    sample: planner.Sample,
+    sample: workload.Sample,
     clients: int | None,
     figures: dict[str, Any] | None,
     budget: Budget,
@@ -141,7 +141,7 @@ def _best(
     tried = []
     for extra in _settings(_build(name, assignments), assignments):
         plan = _build(name, [*assignments, *extra])
-        load = planner.workload(plan, facts, sample, clients)
+        load = workload.workload(plan, facts, sample, clients)
         predicted = planner.assemble(plan, facts, load, figures, times=True)
         exceeds = budget.excess(predicted)
         tried.append((len(exceeds), {"recipe": name, "set": [*dials, *extra], **predicted, "exceeds": exceeds}))

@@ -2,9 +2,13 @@
 
 from typing import TYPE_CHECKING
 
+from kilotune.engine.control import control_clashes
+from kilotune.engine.pairs import pair_clashes
 from kilotune.engine.recipe import FEDERATED_ONLY, Recipe
+from kilotune.engine.relaying import relay_clashes
 from kilotune.engine.secure.capabilities import secure_clashes
 from kilotune.engine.shards import sharding_clashes
+from kilotune.engine.streaming import streaming_clashes
 
 if TYPE_CHECKING:
     from kilotune.engine.compose import Plan
@@ -19,11 +23,15 @@ def clashes(plan: "Plan") -> list[str]:
         *_uplink_clashes(plan),
         *_server_clashes(plan),
         *_direction_clashes(plan),
+        *pair_clashes(plan),
+        *relay_clashes(plan),
         *_rate_clashes(plan),
         *_privacy_clashes(plan),
         *secure_clashes(plan),
         *sharding_clashes(plan),
         *_straggler_clashes(plan),
+        *control_clashes(plan),
+        *streaming_clashes(plan),
     ]
 
 
@@ -43,7 +51,7 @@ def _uplink_clashes(plan: "Plan") -> list[str]:
                 f"uplink {up!r} sends one scalar per direction, which optimizer {optimizer!r} with its memory cannot "
                 "be replayed from. Use optimizer: {name: sgd, momentum: 0}, or uplink: coefficients."
             )
-    if up == "coefficients" and plan.basis is None:
+    if plan.uplink.bare.method_name() == "coefficients" and plan.basis is None:
         problems.append("uplink 'coefficients' needs a basis. Use parametrization: subspace, or uplink: dense.")
     if up == "projection" and plan.parametrization.method_name() != "full":
         problems.append("uplink 'projection' projects whole weights. Use parametrization: full, or uplink: dense.")
@@ -52,14 +60,15 @@ def _uplink_clashes(plan: "Plan") -> list[str]:
 
 def _server_clashes(plan: "Plan") -> list[str]:
     up, down, rule = plan.uplink.method_name(), plan.downlink.method_name(), plan.aggregation.method_name()
-    pairs = plan.uplink.takes == "seeds" or up == "projection"
+    pairs = "pairs" in plan.uplink.gives
     problems = []
     if plan.aggregation.takes != "any" and pairs != (plan.aggregation.takes == "seeds"):
         good = "seed_sum" if pairs else "mean"
         problems.append(f"aggregation {rule!r} cannot combine what uplink {up!r} sends. Use aggregation: {good}.")
-    if pairs and down not in (("projection",) if up == "projection" else ("seed_scalar", "coefficients")):
-        problems.append(f"downlink {down!r} cannot send what uplink {up!r} brings. Use downlink: {up}.")
-    if not pairs and down in ("seed_scalar", "projection"):
+    fitting = ("projection",) if up == "projection" else ("seed_scalar", "coefficients", "peers")
+    if pairs and down not in fitting:
+        problems.append(f"downlink {down!r} cannot send what uplink {up!r} brings. Use downlink: {fitting[0]}.")
+    if not pairs and "pairs" in plan.downlink.gives:
         problems.append(f"downlink {down!r} needs pairs, but uplink {up!r} brings tensors. Use downlink: {up}.")
     outer = plan.server_optimizer
     if pairs and (outer.method_name() != "sgd" or getattr(outer, "momentum", 0.0) > 0):
@@ -73,10 +82,11 @@ def _server_clashes(plan: "Plan") -> list[str]:
 def _direction_clashes(plan: "Plan") -> list[str]:
     rule, up, problems = plan.aggregation.method_name(), plan.uplink.method_name(), []
     shared = plan.recipe.shared_directions
-    if rule == "trimmed_mean" and up == "projection":
+    if rule == "trimmed_mean" and "own_support" in plan.uplink.traits:
+        good = "coefficients" if up == "projection" else "quantized"
         problems.append(
-            "aggregation 'trimmed_mean' needs numbers that all clients send, but with uplink 'projection' each chooses "
-            "its own directions. Use aggregation: geometric_median, or uplink: coefficients."
+            f"aggregation 'trimmed_mean' needs numbers that all clients send, but with uplink {up!r} each chooses its "
+            f"own. Use aggregation: geometric_median, or uplink: {good}."
         )
     if rule == "trimmed_mean" and plan.uplink.takes == "seeds" and not shared:
         problems.append(
@@ -176,9 +186,9 @@ def _straggler_clashes(plan: "Plan") -> list[str]:
             "staleness adds answers of several rounds, but with basis.refresh: round each round has directions of its "
             f"own. Use --set basis.refresh=run, {off}."
         )
-    if up == "projection":
+    if "round_bound" in plan.uplink.traits:
         problems.append(
-            "staleness adds answers of several rounds, but uplink 'projection' has other seeds in each round. "
+            f"staleness adds answers of several rounds, but what uplink {up!r} sends belongs to its own round. "
             f"Use uplink: dense, {off}."
         )
     if not plan.aggregation.linear:
@@ -219,6 +229,8 @@ def mode_problems(recipe: Recipe, mode: str, parametrization: "Parametrization |
     alone: tuple[str, ...] = FEDERATED_ONLY
     if parametrization is not None and not parametrization.uses_basis:
         alone = (*FEDERATED_ONLY, *CODECS)
+    if recipe.streaming.overlap or recipe.streaming.mixing:
+        problems.append("streaming: has no effect when one machine tunes alone. Remove it, or use `kilotune federate`.")
     if recipe.staleness.max:
         problems.append("staleness: has no effect when one machine tunes alone. Remove it, or use `kilotune federate`.")
     if recipe.secure_aggregation.enabled:

@@ -84,8 +84,11 @@ class Plan:
 
     def group_of(self, client: str, roster: list[str]) -> int:
         """Index into recipe.clients for this client, or -1: groups take the clients in order of name."""
+        return self.group_at((sorted(roster).index(client) + 0.5) / len(roster))
+
+    def group_at(self, position: float) -> int:
+        """The group of the client that has this fraction of all clients before it."""
         start = 0.0
-        position = (sorted(roster).index(client) + 0.5) / len(roster)
         for index, group in enumerate(self.recipe.clients):
             start += group.share
             if position < start:
@@ -196,6 +199,8 @@ def build(content: dict[str, Any], mode: Mode) -> Plan:
 
 def _with_group(content: dict[str, Any], group: ClientGroup) -> dict[str, Any]:
     changes = {k: getattr(group, k) for k in ("estimator", "optimizer", "local_steps")}
+    if group.rank is not None and "rank" in content["parametrization"]:
+        changes["parametrization"] = {**content["parametrization"], "rank": group.rank}
     return {**content, **{k: v for k, v in changes.items() if v is not None}, "clients": ()}
 
 

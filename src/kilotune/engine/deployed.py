@@ -18,12 +18,13 @@ from kilotune.engine.flower.server import start_server
 from kilotune.engine.identity import Heads, open_identity
 from kilotune.engine.interrupt import StoppedError, asked_to_stop
 from kilotune.engine.ledger import Ledger
+from kilotune.engine.memory import peak_rss
 from kilotune.engine.replica import Replica
 from kilotune.engine.runfolder import RunFolder
 from kilotune.engine.session import Emit, encode_rows, evaluator, finish, header, open_base, recording
 from kilotune.engine.shares import spread
 from kilotune.engine.withdrawn import withdrawn
-from kilotune.engine.worker import Worker, peak_rss
+from kilotune.engine.worker import Worker
 
 PATIENCE_S = 24 * 3600.0
 

@@ -22,7 +22,7 @@ from kilotune.core.errors import WireError
 from kilotune.core.types import SeedUpdate, State, TensorUpdate, Update
 from kilotune.engine.bounds import coefficient_limit, prescribed, vocabulary_of
 from kilotune.engine.compose import Plan
-from kilotune.engine.ledger import Contribution, Record
+from kilotune.engine.ledger import Record
 from kilotune.engine.replica import Replica
 from kilotune.engine.tally import Answer
 
@@ -74,11 +74,6 @@ def bounded(update: Update, limit: float | None, scale: float) -> Update:
         return update if scale == 1.0 else TensorUpdate({n: t * float(factor) for n, t in update.tensors.items()})
     coefs = update.coefs if limit is None else np.clip(update.coefs, np.float32(-limit), np.float32(limit))
     return SeedUpdate(update.indices, coefs if scale == 1.0 else coefs * factor, update.groups)
-
-
-def contributed(update: Update, contribution: Contribution) -> Update:
-    """A client's update as the ledger says it counted; times its weight it is what can be subtracted."""
-    return bounded(update, contribution.limit, contribution.scale)
 
 
 def norm_of(update: Update) -> float:

@@ -16,6 +16,7 @@ from kilotune.aggregation import Gathering
 from kilotune.core.errors import WireError
 from kilotune.core.types import State, Update, WireContext
 from kilotune.engine.book import Book
+from kilotune.engine.bounds import said_by
 from kilotune.engine.compose import Plan
 from kilotune.engine.flower.messages import Facts, Reply
 from kilotune.engine.guard import Guard, Judgement, Mark
@@ -88,7 +89,7 @@ class Intake:
                 raise WireError("answers twice in one round")
             late = self._rounds_late(held, head)
             answer = replace(answer, discount=self._lateness.discount(late))
-            update = self._plan.uplink.decode(payload, self._context)
+            update = self._plan.uplink.decode(payload, said_by(client, self._context))
             self._examine(answer, update, self._number - late)
         except WireError as error:
             self.refused[client] = str(error)
@@ -133,7 +134,7 @@ class Intake:
             for client, payload in self._book.payloads(order):
                 started = time.perf_counter()
                 verdict = self._judgement.verdicts[client]
-                update = verdict.bounded(self._plan.uplink.decode(payload, self._context))
+                update = verdict.bounded(self._plan.uplink.decode(payload, said_by(client, self._context)))
                 self.guard_seconds += time.perf_counter() - started
                 self._gathering.add_weighted(update, verdict.share)
         combined = self._gathering.result(state)
@@ -150,7 +151,7 @@ class Intake:
 
     def _again(self, client: str) -> Update:
         ((_, payload),) = self._book.payloads([client])
-        return self._plan.uplink.decode(payload, self._context)
+        return self._plan.uplink.decode(payload, said_by(client, self._context))
 
     def event(self) -> dict[str, object]:
         """What the guard did, for the run's record."""

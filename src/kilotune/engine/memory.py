@@ -1,12 +1,14 @@
 """Memory: what is free for this process, and refusing a model that will not fit before a byte of it is loaded."""
 
+import os
+from functools import cache
 from pathlib import Path
 
 import psutil
 
 from kilotune.core.errors import ModelError
 
-__all__ = ["check_memory", "free_bytes"]
+__all__ = ["check_memory", "free_bytes", "peak_rss"]
 
 HEADROOM = 1.05  # tokenizer, buffers and the first activations
 CGROUPS = (  # (limit, usage, statistics) of a container, version 2 and version 1
@@ -34,6 +36,18 @@ def check_memory(name: str, needed: int, limit_bytes: int | None = None) -> None
             f"base {name!r} needs {needed / 1e9:.1f} GB in float32, {free / 1e9:.1f} GB are free. "
             "Use a smaller base or free memory."
         )
+
+
+def peak_rss() -> int:
+    """Peak resident bytes of this process so far."""
+    import resource
+
+    return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, _process(os.getpid()).memory_info().rss)
+
+
+@cache
+def _process(pid: int) -> psutil.Process:
+    return psutil.Process(pid)
 
 
 def _number(path: Path) -> int | None:

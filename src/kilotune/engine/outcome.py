@@ -8,7 +8,7 @@ committed, and taken back when the round is rejected.
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kilotune.core.types import SeedUpdate, State, Update
+from kilotune.core.types import SeedUpdate, State, TensorUpdate, Update
 from kilotune.engine.compose import Plan
 from kilotune.engine.files import read_tensors, write_tensors
 from kilotune.engine.gate import Gate, nothing
@@ -83,6 +83,7 @@ def outcome(
     """Combine, step, try, encode. The replica stays as it is."""
     before = state.copied() if gate.closed else {}
     combined, contributions = intake.combine(state.aggregation)
+    combined = _travelling(plan, number, combined)
     stepped = outer_step(plan.server_optimizer, combined, state.optimizer)
     payload = _encoded(plan, replica, number, stepped, state.downlink)
     why = gate.objection(number, payload)
@@ -91,6 +92,13 @@ def outcome(
     state.take_back(before)
     payload = _encoded(plan, replica, number, nothing(combined), {})
     return Outcome(payload, tuple(replace(part, weight=0.0) for part in contributions), why)
+
+
+def _travelling(plan: Plan, number: int, update: Update) -> Update:
+    """What the round may change; the rest stays, and what the optimizer remembers of it, too."""
+    if isinstance(update, SeedUpdate):
+        return update
+    return TensorUpdate({name: update.tensors[name] for name in plan.downlink.travels(update.tensors, number)})
 
 
 def _encoded(plan: Plan, replica: Replica, number: int, update: Update, downlink: State) -> bytes:

@@ -5,40 +5,30 @@ weights, tokens from a sample of the rows.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
-from kilotune.core.rng import stream
 from kilotune.engine import slices, sources
 from kilotune.engine.compose import Plan
 from kilotune.engine.facts import Facts, read_facts
-from kilotune.engine.filetokenizer import light_tokenizer
 from kilotune.engine.ledger import MEMBERS_BYTES
 from kilotune.engine.memory import check_memory
-from kilotune.engine.packing import cut
+from kilotune.engine.pairs import numbers, numbers_down, rank
 from kilotune.engine.secure import costs
-from kilotune.engine.shares import split_rows
-from kilotune.engine.tokenize import Example, encode
+from kilotune.engine.workload import Workload, planned_steps, sample_rows, workload
 
 __all__ = [
-    "Sample",
-    "Workload",
     "assemble",
     "figures_of",
     "memory_bytes",
     "open_facts",
     "payload_bytes",
     "predict",
-    "sample_rows",
     "step_seconds",
-    "workload",
 ]
 
 FLOAT = 4
-SAMPLE = 192  # rows that are tokenised
-STEPS = 12  # batches drawn from the sample
 EVALUATION_TOKENS = 4096  # of one batch, as `evaluate` cuts them
 ANSWER_TOKENS = 8192  # of prompts and answers at once, as `generate` cuts them
 CHUNK_NUMBERS = 1 << 24  # logits alive at once
@@ -49,22 +39,6 @@ MEASURES = 5.5  # two-point steps that a measurement of the curvature costs (11 
 Emit = Callable[[dict[str, Any]], None]
 
 
-@dataclass(frozen=True)
-class Workload:
-    """What a recipe will run on, from a sample of its rows."""
-
-    clients: int
-    steps: list[list[int]]  # of some steps: tokens of each micro-batch, padding included
-    labels: float  # tokens with a loss per step
-    longest: int  # tokens of the longest row
-    prompt: float  # tokens before an answer, and of
-    held_out: int  # rows to evaluate
-
-    @property
-    def peak_tokens(self) -> int:
-        return max(max(step) for step in self.steps)
-
-
 def predict(plan: Plan, clients: int | None, probe: bool | None, emit: Emit = lambda event: None) -> dict[str, Any]:
     """Payload bytes per client and round, peak resident bytes of one process, seconds per step and in all.
 
@@ -73,6 +47,11 @@ def predict(plan: Plan, clients: int | None, probe: bool | None, emit: Emit = la
     folder, facts = open_facts(plan, emit)
     load = workload(plan, facts, sample_rows(plan), clients)
     return assemble(plan, facts, load, figures_of(plan, folder, probe, emit), times=probe is not False)
+
+
+def _adapts(plan: Plan) -> bool:
+    """Whether what is trained are tensors that the base does not have."""
+    return not plan.parametrization.writes_base
 
 
 def open_facts(plan: Plan, emit: Emit) -> tuple[Path, Facts]:
@@ -86,7 +65,7 @@ def open_facts(plan: Plan, emit: Emit) -> tuple[Path, Facts]:
 def figures_of(plan: Plan, folder: Path, probe: bool | None, emit: Emit) -> slices.Figures | None:
     """Remembered or measured; an adapter has to be counted in any case."""
     found = slices.remembered_figures(plan, folder) if not probe else None
-    if found is None and (probe is not False or plan.parametrization.method_name() == "peft"):
+    if found is None and (probe is not False or _adapts(plan)):
         parts = f"{plan.parametrization.method_name()} and {plan.estimator.method_name()}"
         emit({"event": "status", "text": f"measuring {parts} on a slice of {plan.recipe.base}, once on this machine"})
         found = slices.figures(plan, folder)
@@ -110,58 +89,14 @@ def assemble(plan: Plan, facts: Facts, load: Workload, figures: slices.Figures |
     if figures is not None and times:
         seconds = step_seconds(plan, facts, load, figures)
         taking_part = min(load.clients, getattr(plan.schedule, "clients_per_round", load.clients))
-        steps = (plan.recipe.rounds or 0) * taking_part * plan.recipe.local_steps or plan.recipe.steps or 0
-        result |= {"seconds_per_step": seconds, "seconds": seconds * steps}
+        result |= {"seconds_per_step": seconds, "seconds": seconds * planned_steps(plan, taking_part)}
         if plan.recipe.secure_aggregation.enabled:
             result["secure_seconds_per_round"] = costs.seconds(plan, numel, taking_part)
             result["seconds"] += result["secure_seconds_per_round"] * (plan.recipe.rounds or 0)
     return result
 
 
-# -- what there is to do ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Tokenised rows of the first few clients, and how many clients and held-out rows there are."""
-
-    members: list[list[Example]]
-    clients: int
-    held_out: int
-
-
-def sample_rows(plan: Plan) -> Sample:
-    """As many rows of each of the first clients as make a sample."""
-    rows = split_rows(plan, alone=plan.recipe.rounds is None)
-    tokenizer = light_tokenizer(plan.recipe.base)
-    chosen = [own for _, own in sorted(rows.clients.items()) if own][:STEPS]
-    cut = [own[: max(1, SAMPLE // len(chosen))] for own in chosen]
-    return Sample([encode(own, tokenizer, plan.recipe.data)[0] for own in cut], len(rows.clients), len(rows.held_out))
-
-
-def workload(plan: Plan, facts: Facts, sample: Sample, clients: int | None) -> Workload:
-    """Steps as they will be cut, drawn from the sample."""
-    steps, labels = [], 0
-    for number, members in enumerate(sample.members):
-        for turn in range(ceil(STEPS / len(sample.members))):
-            order = stream(plan.recipe.seed, "plan", number, turn).permutation(len(members))[: plan.recipe.batch_size]
-            batch = [members[i] for i in order]
-            steps.append(batch_tokens(batch, plan.recipe.micro_batch_tokens, facts.packs))
-            labels += sum(example.num_labels for example in batch)
-    examples = [example for members in sample.members for example in members]
-    return Workload(
-        clients or sample.clients,
-        steps,
-        labels / len(steps),
-        max(len(example.input_ids) for example in examples),
-        sum(len(example.prompt_ids) for example in examples) / len(examples),
-        sample.held_out,
-    )
-
-
-def batch_tokens(rows: list[Example], limit: int, packs: bool) -> list[int]:
-    """Tokens of each micro-batch of one step, padding included, as `packing.cut` cuts them."""
-    return [group[0].length * len(group) for group in cut(rows, limit, packs)]
+# -- numbers that are sent ---------------------------------------------------------------------------------------------
 
 
 def wire_numbers(plan: Plan, facts: Facts, figures: slices.Figures | None) -> dict[str, int]:
@@ -191,10 +126,11 @@ def payload_bytes(plan: Plan, numel: dict[str, int], clients: int) -> dict[str, 
     """Means per client and round over a whole run, as the summary counts them."""
     size, steps = plan.num_directions, plan.recipe.local_steps
     plans = [plan.for_group(i) for i in range(-1, len(plan.recipe.clients))]
-    shares = [max(0.0, 1 - sum(g.share for g in plan.recipe.clients)), *(g.share for g in plan.recipe.clients)]
+    groups = [plan.group_at((i + 0.5) / clients) for i in range(clients)]
+    shares = [groups.count(i) / clients for i in range(-1, len(plan.recipe.clients))]
     bound = plan.uplink.method_name() == "projection"  # its budgets follow the norms of the change: an upper bound
     up = sum(
-        share * p.uplink.predict_bytes(numel, 0 if bound else p.recipe.local_steps)
+        share * p.uplink.predict_bytes(numbers(plan, numel, rank(p)), 0 if bound else p.recipe.local_steps)
         for share, p in zip(shares, plans, strict=True)
     )
     taking_part = min(clients, getattr(plan.schedule, "clients_per_round", clients))
@@ -202,7 +138,11 @@ def payload_bytes(plan: Plan, numel: dict[str, int], clients: int) -> dict[str, 
     pairs = 0.0 if bound or not size else size * (1 - (1 - 1 / size) ** (steps * lists))  # distinct directions
     if plan.privacy is not None and plan.privacy.unit == "client":
         pairs = size  # noise moves along every direction
-    record = MEMBERS_BYTES + plan.downlink.predict_bytes(numel, round(pairs))
+    if "apart" in plan.downlink.traits:
+        pairs = steps * taking_part
+    ranks = taking_part * sum(share * rank(p) for share, p in zip(shares, plans, strict=True))
+    combined = numbers_down(plan, numel, ranks)
+    record = MEMBERS_BYTES + plan.downlink.predict_bytes(combined, round(pairs))
     down = record * clients / taking_part  # in the end everybody holds every round
     if plan.aggregation.method_name() == "seed_sum" and getattr(plan.aggregation, "selection", "") == "amplitude":
         down += 2 * size
@@ -220,15 +160,15 @@ def memory_bytes(
     """Peak resident bytes of one process: what stays, and the largest of what comes and goes beside it."""
     idle = IDLE_BYTES if figures is None else figures["idle_bytes"]
     trained, federated = sum(numel.values()), plan.recipe.rounds is not None
-    moments = {"adamw": 2, "sgd": 0}.get(plan.optimizer.method_name(), 2) * trained
+    moments = plan.optimizer.copies * trained
     stays = facts.numbers + moments + _copies(plan, facts, trained, federated)
-    if plan.parametrization.method_name() == "peft":
+    if _adapts(plan):
         stays += trained
     training = _training(plan, facts, trained, load, figures)
     saving = _export_bytes(plan, trained) if federated else 0
     passing = max(training, FLOAT * _evaluation(plan, facts, load), saving)
     # An adapter is written, and read back over a base mapped once more, while the allocator still holds the rest.
-    proving = facts.numbers if plan.parametrization.method_name() == "peft" else 0
+    proving = facts.numbers if "adapter" in plan.parametrization.gives else 0
     return int(idle + FLOAT * (stays + proving) + passing)
 
 
@@ -280,7 +220,7 @@ def _evaluation(plan: Plan, facts: Facts, load: Workload) -> float:
 
 def _export_bytes(plan: Plan, trained: int) -> int:
     """What making a payload holds at once beyond training: the difference, and its encoding."""
-    return (FLOAT + 2) * trained if plan.uplink.method_name() in ("dense", "projection") else 0
+    return (FLOAT + 2) * trained if not plan.parametrization.uses_basis else 0
 
 
 # -- time -------------------------------------------------------------------------------------------------------------
@@ -290,7 +230,7 @@ def step_seconds(plan: Plan, facts: Facts, load: Workload, figures: slices.Figur
     """Seconds of a step, mean over the sampled ones."""
     total = 0.0
     # A second forward pass: half of what both took where weights have no gradients, else a third.
-    again = 1 + plan.recipe.checkpointing * (1 / 2 if plan.parametrization.method_name() == "peft" else 1 / 3)
+    again = 1 + plan.recipe.checkpointing * (1 / 2 if _adapts(plan) else 1 / 3)
     for step in load.steps:
         tokens = sum(step)
         total += again * facts.layers * (len(step) * figures["layer_s"] + tokens * figures["layer_token_s"])

@@ -1,18 +1,17 @@
-"""Private rounds: where `privacy:` meets a federation, on the server (`Rounds`) and on a client (`PrivateSteps`).
+"""Private rounds: where `privacy:` meets the server of a federation.
 
 Central: updates are clipped as they arrive, summed exactly, divided by the planned cohort, and the noise is in the sum
 before anything else sees it: aggregation, server optimizer, FedKSeed-Pro's probabilities and the ledger work on the
 noisy mean. The cohort is drawn in secret from the planned clients, present or not, and the ledger names nobody.
-Local: a client's steps use batches drawn in secret and one noisy slope each, and it keeps its own account.
+Local: clients keep their own accounts (privatesteps.py) and the server goes by what they say of them.
 Losses of clients are not told in either case.
 """
 
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from kilotune.aggregation import Aggregation, Gathering
 from kilotune.core.errors import FederationError, IncompatibleError
 from kilotune.core.rng import stream
 from kilotune.core.types import SeedUpdate, State, TensorUpdate, Update, WireContext
-from kilotune.engine.accountant import Accountant, Release, calibrate
+from kilotune.engine.accountant import SPENDING, Accountant, Release, round_key, statement, with_noise
 from kilotune.engine.book import Keep
 from kilotune.engine.compose import Plan
 from kilotune.engine.ledger import Contribution, Ledger
@@ -29,9 +28,7 @@ from kilotune.privacy import Privacy
 from kilotune.privacy._secret import generator
 from kilotune.privacy.central import Central
 
-__all__ = ["PrivateSteps", "Rounds", "private_rounds", "private_steps"]
-
-SPENDING = "privacy.json"
+__all__ = ["NoisyMean", "Rounds", "private_rounds"]
 
 
 class Rounds:
@@ -89,12 +86,12 @@ class CentralRounds(Rounds):
         cohort = min(getattr(plan.schedule, "clients_per_round", privacy.clients), privacy.clients)
         self._release = Release(privacy.clients, cohort, 1.0, replaces=cohort < privacy.clients)
         rounds = plan.recipe.rounds or 1
-        self._release = _with_noise(self._release, self._accountant, privacy, rounds)
+        self._release = with_noise(self._release, self._accountant, privacy, rounds)
         if ledger.records:  # the process ended between the ledger's line and ours
-            self._accountant.settle(_key(len(ledger), ledger.records[-1].previous))
+            self._accountant.settle(round_key(len(ledger), ledger.records[-1].previous))
 
     def exhausted(self, roster: list[str]) -> str | None:
-        if self._accountant.affords(self._release, key=_key(len(self._ledger) + 1, self._ledger.head)):
+        if self._accountant.affords(self._release, key=round_key(len(self._ledger) + 1, self._ledger.head)):
             return None
         spent, after = self._accountant.epsilon(), self._accountant.epsilon(self._release)
         return f"one more round would spend epsilon {after:.3g} of {self._privacy.epsilon:g} (so far {spent:.3g})"
@@ -122,7 +119,7 @@ class CentralRounds(Rounds):
 
     @contextmanager
     def releasing(self, number: int) -> Iterator[None]:
-        self._accountant.charge(_key(number, self._ledger.head), self._release)
+        self._accountant.charge(round_key(number, self._ledger.head), self._release)
         yield
         self._accountant.settle()
 
@@ -130,8 +127,8 @@ class CentralRounds(Rounds):
         return {"epsilon": self._accountant.epsilon()}
 
     def summary(self) -> dict[str, Any]:
-        statement = _statement(self._privacy, self._accountant, self._release)
-        return {"privacy": {**statement, "rounds": self._accountant.count, "divided_by": self._release.sample}}
+        told = statement(self._privacy, self._accountant, self._release)
+        return {"privacy": {**told, "rounds": self._accountant.count, "divided_by": self._release.sample}}
 
 
 class LocalRounds(Rounds):
@@ -164,7 +161,7 @@ class LocalRounds(Rounds):
         return {"epsilon": max(self._spent.values(), default=0.0)}
 
     def summary(self) -> dict[str, Any]:
-        statement = {
+        told = {
             "unit": self._privacy.unit,
             **self.facts([]),
             "delta": self._privacy.delta,
@@ -174,7 +171,7 @@ class LocalRounds(Rounds):
             "neighbours": "replace one",
             "sampling": "batches of fixed size, without replacement, in secret; each client's own account",
         }
-        return {"privacy": statement}
+        return {"privacy": told}
 
 
 def private_rounds(plan: Plan, ledger: Ledger, folder: Path, clients_measure: bool) -> Rounds:
@@ -230,85 +227,3 @@ class NoisyMean(Gathering):
             for name, part in zip(self._names, parts, strict=True)
         }
         return TensorUpdate(tensors)
-
-
-class PrivateSteps:
-    """A client's side of `privacy: local`: its batches, its noisy slopes, its account."""
-
-    def __init__(self, plan: Plan, path: Path, num_examples: int) -> None:
-        self._privacy, self._num = cast(Privacy, plan.privacy), num_examples
-        self._accountant = Accountant(path, self._privacy.delta, self._privacy.epsilon)
-        self._batch = min(plan.recipe.batch_size, num_examples)
-        self._steps = max([plan.recipe.local_steps, *(group.local_steps or 0 for group in plan.recipe.clients)])
-        release = Release(num_examples, self._batch, 1.0, replaces=True)
-        self._release = _with_noise(release, self._accountant, self._privacy, (plan.recipe.rounds or 1) * self._steps)
-
-    def facts(self) -> dict[str, str | int | float]:
-        """What the server is told: none of it depends on what the rows say."""
-        left = self._accountant.affords(self._release, self._steps)
-        return {"epsilon": self._accountant.epsilon(), "budget_left": left}
-
-    def charge(self, client: str, number: int, head: str, steps: int) -> None:
-        """Before a round's steps. Raises FederationError when they would go beyond the budget."""
-        key = _key(number, head)
-        if not self._accountant.affords(self._release, steps, key):
-            raise FederationError(
-                f"client {client!r}: round {number} would spend more than its epsilon {self._accountant.budget:g} "
-                f"(so far {self._accountant.epsilon():.3g}). It takes no further part."
-            )
-        self._accountant.charge(key, self._release, steps)
-
-    def settle(self) -> None:
-        """The round's answer is on disk and may be sent."""
-        self._accountant.settle()
-
-    def batch(self) -> list[int]:
-        """A secret draw without replacement, on its own in each step."""
-        chosen = generator().choice(self._num, size=self._batch, replace=False)
-        return [int(i) for i in np.sort(chosen)]
-
-    def slope(self, slopes: np.ndarray) -> float:
-        """One number from the slopes of a batch's examples."""
-        noise = self._release.noise_multiplier
-        total = self._privacy.contribution(slopes, noise).sum(keepdims=True)
-        return float(self._privacy.release(total, noise)[0]) / self._batch
-
-    def summary(self) -> dict[str, Any]:
-        return {**_statement(self._privacy, self._accountant, self._release), "steps": self._accountant.count}
-
-
-def private_steps(plan: Plan, folder: Path, num_examples: int) -> PrivateSteps | None:
-    """What the recipe's `privacy` asks of a client."""
-    if plan.privacy is None or plan.privacy.unit != "example" or not num_examples:
-        return None
-    return PrivateSteps(plan, folder / SPENDING, num_examples)
-
-
-def _key(number: int, head: str) -> str:
-    return f"{number}:{head}"
-
-
-def _with_noise(release: Release, accountant: Accountant, privacy: Privacy, planned: int) -> Release:
-    """The noise this run began with; at its start the recipe's, or the least for the planned number of releases."""
-    noise = accountant.noise_multiplier
-    if noise is None:
-        noise = privacy.noise_multiplier
-        if noise is None and privacy.epsilon is not None:
-            noise = calibrate(release, planned, privacy.epsilon, privacy.delta)
-        accountant.start(cast(float, noise))
-    return replace(release, noise_multiplier=cast(float, noise))
-
-
-def _statement(privacy: Privacy, accountant: Accountant, release: Release) -> dict[str, Any]:
-    """What may be said of everything released so far."""
-    return {
-        "unit": privacy.unit,
-        "epsilon": accountant.epsilon(),
-        "delta": privacy.delta,
-        "budget": privacy.epsilon,
-        "neighbours": release.neighbours,
-        "sampling": release.sampling,
-        "clip": privacy.clip,
-        "noise_multiplier": release.noise_multiplier,
-        "accountant": "Renyi divergences, dp-accounting",
-    }

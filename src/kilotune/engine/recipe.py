@@ -73,6 +73,13 @@ class StalenessSection(Section):
     )
 
 
+class StreamingSection(Section):
+    """Results that clients take late or in part (Streaming DiLoCo)."""
+
+    overlap: int = Field(0, ge=0, description="local steps before a client takes what the last rounds brought")
+    mixing: float = Field(0.0, ge=0, lt=1, description="share of its own weights that it keeps then")
+
+
 class ShardingSection(Section):
     """Tuning from which rows can be forgotten exactly (docs/unlearning.md)."""
 
@@ -93,6 +100,7 @@ class ClientGroup(Section):
     estimator: Spec | None = None
     optimizer: Spec | None = None
     local_steps: int | None = Field(None, ge=1)
+    rank: int | None = Field(None, ge=1, description="rank of these clients' pairs, at most parametrization.rank")
 
 
 class Recipe(Section):
@@ -131,6 +139,7 @@ class Recipe(Section):
     defences: DefencesSection = DefencesSection()
     secure_aggregation: SecureSection = SecureSection()
     staleness: StalenessSection = StalenessSection()
+    streaming: StreamingSection = StreamingSection()
     sharding: ShardingSection = ShardingSection()
     clients: tuple[ClientGroup, ...] = ()
 
@@ -153,6 +162,7 @@ SECTIONS: dict[str, type[Section]] = {
     "defences": DefencesSection,
     "secure_aggregation": SecureSection,
     "staleness": StalenessSection,
+    "streaming": StreamingSection,
     "sharding": ShardingSection,
 }
 PARTS: dict[str, str] = {

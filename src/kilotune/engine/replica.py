@@ -5,7 +5,8 @@ applying rounds in order, whether one (by difference), all (a newcomer) or after
 float32 operations in the same order, so the same bits.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 
 from kilotune.core.errors import WireError
 from kilotune.core.trainable import Round, Trainable
-from kilotune.core.types import SeedUpdate, TensorUpdate, Update, WireContext
+from kilotune.core.types import SeedUpdate, State, TensorUpdate, Update, WireContext
+from kilotune.engine.bounds import probes
 from kilotune.engine.compose import Plan
 from kilotune.engine.files import read_tensors, write_tensors
 from kilotune.engine.models import Base, weights_digest
 
+PUBLIC = "public/"
 ROUNDS_AT_ONCE = 256  # by then a walk over the weights costs little beside the additions themselves
 
 
@@ -30,6 +33,7 @@ class Replica:
         self.trainable: Trainable = plan.parametrization.attach(base.model, basis=plan.basis, seed=plan.recipe.seed)
         self.round = 0
         self._mapped = base.mapped  # nothing was written yet: changed weights can go straight to new memory
+        self.public: dict[str, State] = {}  # what the server's rule lets everybody know of the rounds, by wire tensor
         self.shapes = {name: tuple(value.shape) for name, value in self.trainable.wire.items()}
 
     @property
@@ -38,7 +42,8 @@ class Replica:
 
     def context(self, round: int) -> WireContext:
         """What both ends know of a round without sending it."""
-        return WireContext(round, self.plan.root(round), self.shapes, self.plan.num_directions)
+        known = partial(probes, self.plan, self.trainable, round)
+        return WireContext(round, self.plan.root(round), self.shapes, self.plan.num_directions, probes=known)
 
     def changes(self, update: Update, context: WireContext) -> Iterable[tuple[str, Tensor]]:
         """(wire tensor, change) pairs of a decoded update."""
@@ -72,7 +77,11 @@ class Replica:
         if number != expected:
             raise WireError(f"round {number} does not follow round {expected - 1}, which this replica holds.")
         context = self.context(number)
-        return self.changes(self.plan.downlink.decode(payload, context), context), context.root
+        return self._followed(self.changes(self.plan.downlink.decode(payload, context), context)), context.root
+
+    def _followed(self, changes: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, change in changes:
+            yield name, self.plan.server_optimizer.follow(change, self.public.setdefault(name, {}))
 
     def digest(self) -> str:
         """Over every bit of the tuned tensors."""
@@ -80,15 +89,20 @@ class Replica:
 
     def save(self, path: Path, head: str) -> None:
         """A checkpoint: the state's tensors, the round and the ledger's head they belong to."""
-        write_tensors(path, self.trainable.state(), {"round": str(self.round), "head": head})
+        public = {f"{PUBLIC}{name}/{key}": v for name, state in self.public.items() for key, v in state.items()}
+        write_tensors(path, self.trainable.state() | public, {"round": str(self.round), "head": head})
 
     def load(self, path: Path) -> str:
         """Continue from a checkpoint; returns the head it belongs to. Raises WireError when the tensors do not fit."""
-        tensors, facts = read_tensors(path)
+        found, facts = read_tensors(path)
+        tensors = {name: value for name, value in found.items() if not name.startswith(PUBLIC)}
         state = self.trainable.state()
         if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in state.items()} or "head" not in facts:
             raise WireError(f"{path}: this checkpoint is of another model or method.")
         self.trainable.restore(tensors)
+        for entry in found.keys() - tensors.keys():
+            name, _, key = entry.removeprefix(PUBLIC).rpartition("/")
+            self.public.setdefault(name, {})[key] = found[entry]
         self._mapped = False
         self.round = int(facts["round"])
         return facts["head"]

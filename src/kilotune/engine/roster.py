@@ -8,9 +8,9 @@ from kilotune.engine.compose import Plan
 from kilotune.engine.flower.messages import Exchange, Facts, Reply, Request
 from kilotune.engine.intake import numbers
 from kilotune.engine.ledger import Ledger
+from kilotune.engine.memory import peak_rss
 from kilotune.engine.private import Rounds
 from kilotune.engine.tally import Tally
-from kilotune.engine.worker import peak_rss
 
 Emit = Callable[[dict[str, Any]], None]
 FAREWELL_S = 60.0  # how long a client that is away at the very end is waited for

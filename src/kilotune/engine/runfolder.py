@@ -20,6 +20,8 @@ from kilotune.engine.files import append_line, disk_errors, write_bytes, write_j
 
 SYNCED = ("round", "step", "evaluation", "end")
 """Events after which metrics.jsonl is synced. Nothing else hangs on it: what a run resumes from is in the ledger."""
+LOADER, DUMPER = getattr(yaml, "CSafeLoader", yaml.SafeLoader), getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+"""The safe ones, compiled where PyYAML came with libyaml."""
 RECIPE, METRICS, SUMMARY, REPORT = "recipe.yaml", "metrics.jsonl", "summary.json", "report.html"
 
 
@@ -51,7 +53,7 @@ class RunFolder:
                         self._metrics = None
 
     def write_recipe(self, plan: Plan) -> None:
-        text = yaml.safe_dump(plan.resolved(), sort_keys=False, allow_unicode=True)
+        text = yaml.dump(plan.resolved(), Dumper=DUMPER, sort_keys=False, allow_unicode=True)
         write_bytes(self.path / RECIPE, text.encode())
 
     def record(self, event: dict[str, Any]) -> None:
@@ -88,5 +90,5 @@ class RunFolder:
         path = self.path / RECIPE
         if not path.exists():
             raise RunError(f"{self.path}: no {RECIPE} there, so it is no run folder.")
-        content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = yaml.load(path.read_text(encoding="utf-8"), Loader=LOADER)
         return content

@@ -22,6 +22,7 @@ from kilotune.engine.export import export_peft
 from kilotune.engine.federation import Federation
 from kilotune.engine.flower.local import LocalExchange
 from kilotune.engine.ledger import Header, Ledger
+from kilotune.engine.memory import peak_rss
 from kilotune.engine.models import Base, load_base
 from kilotune.engine.replica import Replica
 from kilotune.engine.runfolder import RunFolder
@@ -29,7 +30,6 @@ from kilotune.engine.shares import ALONE, Rows, split_rows
 from kilotune.engine.simulation import PackedRows, Simulation
 from kilotune.engine.tokenize import Example, encode, stop_ids
 from kilotune.engine.tune import Trainer
-from kilotune.engine.worker import peak_rss
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -199,7 +199,7 @@ def write_outputs(run: RunFolder, plan: Plan, replica: Replica, ledger: Ledger |
     if ledger is not None and plan.basis is not None:
         outputs["seed_file"] = "final.seed"
         outputs["seed_file_bytes"] = seedfile.write(ledger, run.path / "final.seed")
-    if plan.parametrization.method_name() == "peft":
+    if "adapter" in plan.parametrization.gives:
         export_peft(replica.model, replica.base, run.path / "adapter")
         outputs["adapter"] = "adapter"
     return outputs

@@ -22,6 +22,7 @@ from kilotune.engine.compute import Compute
 from kilotune.engine.data import Row, load_rows
 from kilotune.engine.evaluation import EvaluationReport
 from kilotune.engine.files import write_tensors
+from kilotune.engine.memory import peak_rss
 from kilotune.engine.replica import Replica
 from kilotune.engine.report import write_report
 from kilotune.engine.runfolder import SUMMARY, RunFolder
@@ -35,14 +36,13 @@ from kilotune.engine.session import (
     recording,
     write_outputs,
 )
-from kilotune.engine.shards import Order, layer_groups, place, row_id, surely_survives
+from kilotune.engine.shards import Order, layer_groups, place, row_id, seen_slices, stage_orders, surely_survives
 from kilotune.engine.shares import ALONE, split_rows
 from kilotune.engine.stages import SLICES, Manifest, Stages, Tensors
 from kilotune.engine.step import BatchObjective, Memory, rate, train_step
 from kilotune.engine.tokenize import Example
 from kilotune.engine.tune import CHECKPOINT
 from kilotune.engine.tuned import plan_of
-from kilotune.engine.worker import peak_rss
 from kilotune.parametrization._direct import DirectTrainable
 
 
@@ -58,19 +58,16 @@ class ShardedTrainer:
         self._step = 0
 
     def run(self) -> None:
-        """Every stage of every order, shorter ones first; orders that begin alike share their first stages."""
-        length = self._plan.recipe.sharding.slices
+        """Every stage of every order that is not there."""
         for shard in self._stages.shards:
-            for depth in range(1, length + 1):
-                for order in dict.fromkeys(order[:depth] for order in self._stages.orders):
-                    if not self._stages.holds(shard, order):
-                        self.train(shard, order)
+            for order in stage_orders(self._stages.orders):
+                if not self._stages.holds(shard, order):
+                    self.train(shard, order)
 
     def train(self, shard: int, order: Order) -> None:
         """The last stage of this beginning of an order, from the stages before it."""
         self._replica.trainable.restore({**self.start, **self._stages.tensors(shard, order[:-1])})
-        seen = order if self._plan.recipe.sharding.cumulative else order[-1:]
-        rows = [example for piece in seen for example in self._slices.get((shard, piece), [])]
+        rows = [example for piece in seen_slices(self._plan, order) for example in self._slices.get((shard, piece), [])]
         names = self._groups[len(order) - 1]
         wire = self._replica.trainable.wire
         if rows:

@@ -40,10 +40,11 @@ def sharding_clashes(plan: "Plan") -> list[str]:
         return problems
     found = plan.parametrization.method_name()
     config = getattr(plan.parametrization, "config", {})
-    if found != "peft" or getattr(plan.parametrization, "method", "") != "lora" or any(config.get(k) for k in PLAIN):
+    more = any(config.get(key) for key in PLAIN) or bool(getattr(plan.parametrization, "freeze", ()))
+    if found != "peft" or getattr(plan.parametrization, "method", "") != "lora" or more:
         problems.append(
             f"sharding: trains plain LoRA by layers, got parametrization {found!r}. "
-            "Use parametrization: {name: peft, method: lora} without " + ", ".join(PLAIN) + "."
+            "Use parametrization: {name: peft, method: lora} without " + ", ".join((*PLAIN, "freeze")) + "."
         )
     if (plan.recipe.steps or 0) % section.slices:
         problems.append(
@@ -77,6 +78,30 @@ def cyclic_orders(num_slices: int, count: int) -> list[Order]:
         orders = [o[:depth] + _rotated(o[depth:], by) for by in range(span) for o in orders]
         depth += 1
     return orders[:wanted]
+
+
+def stage_orders(orders: Sequence[Order]) -> list[Order]:
+    """The stages of these orders, shorter ones first, each once: orders that begin alike share their first stages."""
+    depths = range(1, len(orders[0]) + 1)
+    return list(dict.fromkeys(order[:depth] for depth in depths for order in orders))
+
+
+def seen_slices(plan: "Plan", order: Order) -> Order:
+    """The slices whose rows the last stage of this order is trained on."""
+    return order if plan.recipe.sharding.cumulative else order[-1:]
+
+
+def stage_steps(plan: "Plan", rows: Iterable["Row"]) -> int:
+    """Optimizer steps until every stage of every shard is trained on these rows; a stage without rows takes none."""
+    section = plan.recipe.sharding
+    filled = {place(row_id(row), plan.recipe.seed, section.shards, section.slices) for row in rows}
+    stages = stage_orders(cyclic_orders(section.slices, section.orders or section.slices))
+    trained = sum(
+        any((shard, piece) in filled for piece in seen_slices(plan, order))
+        for shard in range(section.shards)
+        for order in stages
+    )
+    return trained * ((plan.recipe.steps or 0) // section.slices)
 
 
 def _rotated(order: Order, by: int) -> Order:

@@ -15,12 +15,13 @@ from typing import Any, overload
 from kilotune.engine.clientstate import RoundLog
 from kilotune.engine.data import Row
 from kilotune.engine.flower.messages import Handler, Reply, Request
+from kilotune.engine.following import head_after
 from kilotune.engine.ledger import Ledger
 from kilotune.engine.replica import Replica
 from kilotune.engine.secure.client import Vault
 from kilotune.engine.secure.participant import new_vault
 from kilotune.engine.tokenize import Example
-from kilotune.engine.worker import Evaluate, Worker, head_after
+from kilotune.engine.worker import Evaluate, Worker
 
 Emit = Callable[[dict[str, Any]], None]
 Encode = Callable[[list[Row], str], list[Example]]
@@ -47,7 +48,10 @@ class Simulation:
         self._evaluate, self._emit, self._folder = evaluate, emit, folder
         self._ledger, self._genesis = ledger, ledger.header.hash
         self._standings = standings(ledger)
-        self._log = RoundLog(folder / "state")
+        # Where the guard has every answer written into the server's book, that spares the same work after a crash; an
+        # answer with a client's own noise may not be made a second time, so it is written before it leaves.
+        plan = replica.plan
+        self._log = RoundLog(folder / "state", writes=not plan.recipe.defences.enabled or plan.privacy is not None)
         self._attempt, self._vaults = "", dict[str, Vault]()  # of secure aggregation, for one attempt at a round
         self._examples: OrderedDict[str, list[Example]] = OrderedDict()  # the last ones in use
         self._num_kept = 0

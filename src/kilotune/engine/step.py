@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 from torch import Tensor, nn
 
 from kilotune.core.trainable import Trainable
-from kilotune.core.types import Batch, State
+from kilotune.core.types import Batch, State, TensorUpdate
 from kilotune.engine.compute import Compute
 from kilotune.engine.loss import answer_loss, example_losses
 from kilotune.estimator import Estimator, Objective
@@ -57,19 +57,43 @@ class BatchObjective(Objective):
 
 @dataclass
 class Memory:
-    """What the optimizer and the estimator remember between steps."""
+    """What the optimizer and the estimator remember between steps, and weights of the client's own between rounds."""
 
     optimizer: dict[str, State]
     estimator: State
+    weights: State = field(default_factory=dict)
 
     @classmethod
     def empty(cls) -> "Memory":
         return cls({}, {})
 
     def tensors(self) -> State:
-        """Flat, for a file: `optimizer/<wire tensor>/<key>` and `estimator/<key>`."""
+        """Flat, for a file: `optimizer/<wire tensor>/<key>`, `estimator/<key>` and `weights/<wire tensor>`."""
         flat = {f"optimizer/{w}/{k}": v for w, state in self.optimizer.items() for k, v in state.items()}
+        flat |= {f"weights/{k}": v for k, v in self.weights.items()}
         return flat | {f"estimator/{k}": v for k, v in self.estimator.items()}
+
+    def begin(self, rule: Optimizer, wire: State, public: dict[str, State], steps: int) -> None:
+        """A round of so many local steps starts at the wire tensors."""
+        for name, param in wire.items():
+            state = self.optimizer.setdefault(name, {}) or rule.init(param)
+            rule.begin(param, state, public.get(name, {}), steps)
+            self.optimizer[name] = state
+
+    def outgoing(self, rule: Optimizer, update: TensorUpdate) -> TensorUpdate:
+        """What the rule sends for what a round has come to."""
+        return TensorUpdate(
+            {n: rule.outgoing(change, self.optimizer.get(n, {})) for n, change in update.tensors.items()}
+        )
+
+    def sent(self, rule: Optimizer, update: TensorUpdate) -> None:
+        """What was sent, as everybody reads it."""
+        for name, change in update.tensors.items():
+            rule.sent(change, self.optimizer[name])
+
+    def carry(self, rule: Optimizer) -> None:
+        """Keep what the next round needs."""
+        self.optimizer = {name: rule.carried(state) for name, state in self.optimizer.items()}
 
     @classmethod
     def from_tensors(cls, flat: State) -> "Memory":
@@ -78,6 +102,8 @@ class Memory:
             kind, _, rest = path.partition("/")
             if kind == "estimator":
                 memory.estimator[rest] = value
+            elif kind == "weights":
+                memory.weights[rest] = value
             elif kind == "optimizer":
                 wire, _, key = rest.rpartition("/")
                 memory.optimizer.setdefault(wire, {})[key] = value

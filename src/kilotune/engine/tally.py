@@ -1,6 +1,6 @@
 """Tally: what a server keeps of a round's replies, and the step it takes with their mean."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ COUNTED = ("up_bytes", "down_bytes", "client_rounds", "peak_rss_bytes")
 def outer_step(rule: Optimizer, mean: Update, states: State) -> Update:
     """The server's optimizer takes minus the mean change as a gradient; plain sgd with lr 1 takes the mean."""
     if isinstance(mean, SeedUpdate):
-        return SeedUpdate(mean.indices, mean.coefs * np.float32(rule.lr), mean.groups)
+        return replace(mean, coefs=mean.coefs * np.float32(rule.lr))
     stepped = {}
     for name, change in mean.tensors.items():
         prefix = f"{name}/"

@@ -113,7 +113,7 @@ def _from_checkpoint(path: Path, base_name: str | None) -> Tuned:
 
 def require_adapter(tuned: Tuned) -> Replica:
     """The replica of a run whose result is a PEFT adapter."""
-    if tuned.plan is None or tuned.replica is None or tuned.plan.parametrization.method_name() != "peft":
+    if tuned.plan is None or tuned.replica is None or "adapter" not in tuned.plan.parametrization.gives:
         kind = tuned.plan.parametrization.method_name() if tuned.plan else "a plain model"
         raise ModelError(f"a PEFT folder holds an adapter, but this is {kind}. Use --to hf.")
     return tuned.replica

@@ -5,41 +5,49 @@ and asked again answers with the same bytes.
 """
 
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 
 from kilotune import __version__
 from kilotune.core.errors import DataError, FederationError, KilotuneError, RunError, WireError
 from kilotune.core.rng import derive, stream
-from kilotune.core.types import SeedUpdate, State, Update, WireContext
+from kilotune.core.types import SeedUpdate, State, TensorUpdate, Update
 from kilotune.engine.batches import BatchSampler, micro_batches
-from kilotune.engine.bounds import coefficient_limit, step_stream, vocabulary_of
+from kilotune.engine.bounds import coefficient_limit, prober, said_by, step_stream, vocabulary_of
 from kilotune.engine.clientstate import Answer, ClientState, RoundLog
 from kilotune.engine.compose import Plan
 from kilotune.engine.compute import Compute
 from kilotune.engine.evaluation import EvaluationReport
-from kilotune.engine.files import write_bytes
 from kilotune.engine.flower.messages import Facts, Reply, Request
+from kilotune.engine.following import (
+    Link,
+    Part,
+    head_after,
+    keep_parts,
+    kept_parts,
+    missed_parts,
+    require_own,
+    require_same_run,
+)
 from kilotune.engine.identity import HistoryError
-from kilotune.engine.ledger import MEMBERS_BYTES, link
-from kilotune.engine.private import private_steps
+from kilotune.engine.ledger import MEMBERS_BYTES
+from kilotune.engine.memory import peak_rss
+from kilotune.engine.privatesteps import private_steps
 from kilotune.engine.replica import Replica
 from kilotune.engine.secure.client import Vault
 from kilotune.engine.secure.participant import Participant, new_vault
 from kilotune.engine.step import BatchObjective, Memory, StepReport, rate, train_step
+from kilotune.engine.streaming import OwnWeights
 from kilotune.engine.tokenize import Example
 
 Evaluate = Callable[[Replica, list[Example]], EvaluationReport]
 Progress = Callable[[str], None]
-Link = Callable[[int, str, bytes], str]
-"""(round, head before, part) -> head after."""
 
 
 class Worker:
@@ -83,7 +91,7 @@ class Worker:
             self.head = replica.load(checkpoint)
             self.round = replica.round
         if keeps_rounds:
-            self._replay_kept()
+            self._follow(*kept_parts(folder, (self.round, self.head), self._link))
 
     def handle(self, request: Request) -> Reply:
         """One request, one reply; what goes wrong for a known reason comes back as the reply's error."""
@@ -93,7 +101,7 @@ class Worker:
         try:
             if request.kind not in actions:
                 raise WireError(f"request: got kind {request.kind!r}, expected one of {', '.join(actions)}.")
-            self._same_run(request)
+            require_same_run(self.name, self.replica, request)
             return actions[request.kind](request)
         except HistoryError:
             raise  # a server that contradicts what it signed is not answered any more
@@ -105,19 +113,6 @@ class Worker:
             return Reply(body={}, error=str(error))
 
     # -- requests ---------------------------------------------------------------------------------------------
-
-    def _same_run(self, request: Request) -> None:
-        ours, theirs = self.replica.plan.id, str(request.body.get("recipe_id", ""))
-        if ours != theirs:
-            raise FederationError(
-                f"client {self.name!r} follows recipe {ours}, the server recipe {theirs}. Use the same recipe file."
-            )
-        base = str(request.body.get("base_digest", ""))
-        if base != self.replica.base.digest:
-            raise FederationError(
-                f"client {self.name!r} has base {self.replica.base.digest[:16]}, the server {base[:16]}. "
-                "Use the same base model."
-            )
 
     def _hello(self, request: Request) -> Reply:
         return Reply(body={"client": self.name, "version": __version__, **self._standing()})
@@ -174,34 +169,20 @@ class Worker:
 
     def _catch_up(self, request: Request, parts: list[bytes]) -> None:
         first = int(request.body.get("first", self.round + 1))
+        sent, wanted = list(enumerate(parts, start=first)), str(request.body["head"])
         try:
-            missed, head = self._missed(request, first, parts)
+            missed = missed_parts(self.name, (self.round, self.head), sent, wanted, self._link)
         except WireError:
             if first > 1 or self._reopen is None:
                 raise  # the server hears of it, asks which history this client holds and sends all of its own
             self.replica, self.round, self.head = self._reopen(), 0, self._genesis
-            missed, head = self._missed(request, first, parts)
+            missed = missed_parts(self.name, (self.round, self.head), sent, wanted, self._link)
         if self._keeps_rounds:
-            for number, part in missed:
-                write_bytes(self._round_path(number), part)
-        self._follow(missed, head)
+            require_own(self.name, self.replica, missed, lambda number: self._state.answer(number, self.head))
+            keep_parts(self.folder, missed)
+        self._follow(missed, wanted)
 
-    def _missed(self, request: Request, first: int, parts: list[bytes]) -> tuple[list[tuple[int, bytes]], str]:
-        """The rounds this client lacks and the head they lead to, which has to be the server's."""
-        missed = [(number, part) for number, part in enumerate(parts, start=first) if number > self.round]
-        head = self.head
-        for expected, (number, part) in enumerate(missed, start=self.round + 1):
-            if number != expected:
-                raise WireError(f"client {self.name!r} holds round {self.round} and cannot go on with round {number}.")
-            head = self._link(number, head, part)
-        if head != request.body["head"]:
-            raise WireError(
-                f"client {self.name!r} comes to ledger head {head[:16]} after round {self.round + len(missed)}, "
-                f"the server {str(request.body['head'])[:16]}: their histories differ."
-            )
-        return missed, head
-
-    def _follow(self, parts: list[tuple[int, bytes]], head: str) -> None:
+    def _follow(self, parts: list[Part], head: str) -> None:
         """Take these rounds; a replica that is shared may hold them already."""
         known = self.replica.round
         self.replica.replay((number, part[MEMBERS_BYTES:]) for number, part in parts if number > known)
@@ -219,40 +200,54 @@ class Worker:
             self._set_probabilities(probabilities)
         trainable = self.replica.trainable
         trainable.begin(context.root, plan.estimator.forward_only)
+        plan.parametrization.narrow(trainable)
+        memory.begin(plan.optimizer, trainable.wire, self.replica.public, plan.recipe.local_steps)
+        own = OwnWeights(plan, trainable, memory.weights, number)
         try:
+            own.resume()
             factor = rate(plan.recipe.lr_schedule, plan.recipe.warmup_frac, float(request.body["progress"]))
-            steps = self._steps(plan, number, memory, factor)
-            limit = coefficient_limit(plan, vocabulary_of(self.replica.base.model), factor)
-            update: Update = trainable.update() if plan.uplink.takes == "tensors" else pairs(steps, limit)
-            _require_finite(update, self.name)
-            sender = stream(plan.recipe.seed, "codec", self.name, number)
-            sending = WireContext(context.round, context.root, context.shapes, context.size, sender)
+            steps = self._steps(plan, number, memory, factor, own)
+            own.keep()
+            update = self._update(plan, memory, steps, factor)
+            sending = replace(said_by(self.name, context), rng=stream(plan.recipe.seed, "codec", self.name, number))
             if self._secure is not None:
                 payload = self._secure.integers(update, len(self.train), steps[-1].loss, number)
             else:
                 payload = plan.uplink.encode(update, sending, codec_state)
+            if plan.optimizer.hears and isinstance(read := plan.uplink.decode(payload, context), TensorUpdate):
+                memory.sent(plan.optimizer, read)
         finally:
             trainable.rollback()
-        facts: dict[str, str | int | float] = {}
-        if not self._private:
-            facts = {"loss_first": steps[0].loss, "loss": steps[-1].loss}
+        memory.carry(plan.optimizer)
+        losses = {"loss_first": steps[0].loss, "loss": steps[-1].loss}
+        facts: dict[str, str | int | float] = {} if self._private else {**losses}
         self._remember(number, memory, codec_state, (payload, facts))
         if self._private:
             self._private.settle()
         return payload, facts
 
-    def _steps(self, plan: Plan, number: int, memory: Memory, factor: float) -> list[StepReport]:
+    def _update(self, plan: Plan, memory: Memory, steps: list[StepReport], factor: float) -> Update:
+        """What the round has come to, as it is sent."""
+        if plan.uplink.takes == "tensors":
+            update: Update = memory.outgoing(plan.optimizer, self.replica.trainable.update())
+        else:
+            update = pairs(steps, coefficient_limit(plan, vocabulary_of(self.replica.base.model), factor))
+        _require_finite(update, self.name)
+        return update
+
+    def _steps(self, plan: Plan, number: int, memory: Memory, factor: float, own: OwnWeights) -> list[StepReport]:
         recipe = plan.recipe
         sampler = BatchSampler(len(self.train), recipe.batch_size, derive(recipe.seed, "batches", self.name))
         pad_id = self.replica.base.tokenizer.pad_token_id
         reports = []
         for step in range(recipe.local_steps):
+            own.before_step(step)
             at = (number - 1) * recipe.local_steps + step
             rows = [self.train[i] for i in (self._private.batch() if self._private else sampler.indices(at))]
             batches = micro_batches(rows, recipe, self.replica.model, pad_id)
             release = self._private.slope if self._private else None
             objective = BatchObjective(self.replica.model, batches, Compute.of(recipe), release)
-            rng = step_stream(recipe, self.name, number, step)
+            rng = step_stream(recipe, prober(plan, self.name), number, step)
             reports.append(
                 train_step(self.replica.trainable, plan.estimator, plan.optimizer, objective, memory, factor, rng)
             )
@@ -266,21 +261,6 @@ class Worker:
         self.replica.trainable.probabilities = unpack_probabilities(packed, size)  # type: ignore[attr-defined]
 
     # -- state on disk ----------------------------------------------------------------------------------------
-
-    def _round_path(self, number: int) -> Path:
-        return self.folder / "rounds" / f"{number:05d}.bin"
-
-    def _replay_kept(self) -> None:
-        parts: list[tuple[int, bytes]] = []
-        head = self.head
-        while (path := self._round_path(self.round + len(parts) + 1)).exists():
-            number, part = self.round + len(parts) + 1, path.read_bytes()
-            try:
-                head = self._link(number, head, part)
-            except HistoryError:
-                break  # the file was altered on this disk: the server is asked for it again
-            parts.append((number, part))
-        self._follow(parts, head)
 
     def _answered(self, number: int) -> Answer | None:
         logged = self._log.answer(self.name, number, self.head) if self._log is not None else None
@@ -302,11 +282,6 @@ def _told(loss: float) -> str:
     return f"loss {loss:.3f}" if math.isfinite(loss) else ""
 
 
-def head_after(plan: Plan, number: int, head: str, part: bytes) -> str:
-    """The ledger's head after a round of which this part was received."""
-    return link(head, number, plan.root(number), part[:MEMBERS_BYTES], part[MEMBERS_BYTES:])
-
-
 def pairs(steps: list[StepReport], limit: float | None = None) -> SeedUpdate:
     """The seed log of forward-only steps; a step without a finite slope left none, none is larger than `limit`."""
     logged = [s for s in steps if s.index is not None]
@@ -314,18 +289,6 @@ def pairs(steps: list[StepReport], limit: float | None = None) -> SeedUpdate:
     if limit is not None:
         coefs = np.clip(coefs, np.float32(-limit), np.float32(limit))
     return SeedUpdate(np.array([s.index for s in logged], dtype=np.int64), coefs)
-
-
-def peak_rss() -> int:
-    """Peak resident bytes of this process so far."""
-    import resource
-
-    return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, _process(os.getpid()).memory_info().rss)
-
-
-@cache
-def _process(pid: int) -> psutil.Process:
-    return psutil.Process(pid)
 
 
 def _require_finite(update: Update, name: str) -> None:

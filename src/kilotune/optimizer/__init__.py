@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -17,11 +17,23 @@ __all__ = ["Optimizer", "State"]
 
 
 class Optimizer(Method):
-    """Contract. The same rules serve local steps and the server's step over the mean update."""
+    """Contract. The same rules serve local steps and the server's step over the mean update.
+
+    In a federation a round begins with `begin`, ends with `outgoing` and, where `hears` is set, with `sent`; what
+    `carried` leaves is there in the client's next round (recipe.keep_optimizer). `follow` is the server rule's.
+    """
+
+    hears: ClassVar[bool] = False
+    """Whether `sent` is called, which costs one decoding of what was sent."""
 
     lr: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         1e-3, description="learning rate; auto: measured by an estimator that can"
     )
+
+    @property
+    def copies(self) -> int:
+        """Numbers it holds beside every parameter while a round is trained."""
+        return 0
 
     @abstractmethod
     def init(self, param: Tensor) -> State:
@@ -30,3 +42,24 @@ class Optimizer(Method):
     @abstractmethod
     def update(self, gradient: Tensor, state: State, param: Tensor, lr: float) -> Tensor:
         """The change to add to `param` (same shape, float32). `state` moves on in place."""
+
+    def begin(self, param: Tensor, state: State, public: State, steps: int) -> None:
+        """A round of `steps` local steps starts at `param`. `public` is what `follow` has kept of the rounds so far."""
+
+    def outgoing(self, change: Tensor, state: State) -> Tensor:
+        """What is sent when `change` is what a round has come to."""
+        return change
+
+    def sent(self, change: Tensor, state: State) -> None:
+        """What `outgoing` gave as everybody reads it. `state` moves on in place."""
+
+    def carried(self, state: State) -> State:
+        """The part of `state` that the next round needs; all of it by default."""
+        return state
+
+    def follow(self, change: Tensor, public: State) -> Tensor:
+        """What a round changes a tensor by, of which everybody hears `change`: that itself, unless a rule says more.
+
+        `public` is what everybody makes of the rounds; it moves on in place.
+        """
+        return change

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from kilotune.core.lazy import no_grad, torch
 from kilotune.optimizer import Optimizer, State
+from kilotune.optimizer._betas import Betas
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,16 +24,14 @@ if TYPE_CHECKING:
 class AdamW(Optimizer):
     """Adam with decoupled weight decay."""
 
-    betas: tuple[float, float] = Field((0.9, 0.999), description="memory of the two moving means; Adam paper")
+    betas: Betas = Field((0.9, 0.999), description="memory of the two moving means; Adam paper")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment; Adam paper")
     weight_decay: float = Field(0.0, ge=0, description="decoupled decay, multiplied by the learning rate")
 
-    @field_validator("betas")
-    @classmethod
-    def _in_range(cls, betas: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError("expected two numbers in [0, 1)")
-        return betas
+    @property
+    def copies(self) -> int:
+        """m and v."""
+        return 2
 
     def init(self, param: Tensor) -> State:
         """`m` and `v` like the parameter in float32 (float64 for float64), `step` () int64."""

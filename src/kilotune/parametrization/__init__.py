@@ -26,3 +26,7 @@ class Parametrization(Method):
 
         `seed` initialises what starts random. Raises RecipeError for bad targets.
         """
+
+    def narrow(self, trainable: Trainable) -> None:
+        """Between `begin` and `rollback`, for clients that follow a smaller version of the recipe's method: train no
+        more than this one does. All of it, unless a method has sizes."""

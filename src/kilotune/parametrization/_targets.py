@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def select(names: list[str], targets: str | tuple[str, ...]) -> list[str]:
+def select(names: list[str], targets: str | tuple[str, ...], where: str = "parametrization.targets") -> list[str]:
     """Names covered by the patterns, sorted.
 
     A pattern without a star matches a whole dotted part ("q_proj", "layers.3"); with one, the whole
@@ -25,9 +25,7 @@ def select(names: list[str], targets: str | tuple[str, ...]) -> list[str]:
         found = [n for n in names if _matches(n, pattern)]
         if not found:
             parts = sorted({part for n in names for part in n.split(".")})
-            raise RecipeError(
-                f"parametrization.targets: {pattern!r} matched none of {len(names)} tensors.{nearest(pattern, parts)}"
-            )
+            raise RecipeError(f"{where}: {pattern!r} matched none of {len(names)} tensors.{nearest(pattern, parts)}")
         chosen.update(found)
     return sorted(chosen)
 

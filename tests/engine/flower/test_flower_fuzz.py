@@ -1,6 +1,6 @@
 """Ten thousand altered messages: none crashes or hangs a server or a client, and none counts.
 
-An eighth of them runs with the fast tests, the rest with those marked `processes`. Payloads themselves are altered in
+A sixteenth of them runs with the fast tests, the rest with those marked `processes`. Payloads themselves are altered in
 tests/contract/test_codec.py, for every codec.
 """
 
@@ -49,7 +49,7 @@ def attack_messages(raw: bytes, size: str, check: Callable[[Message], None]) -> 
     """`check` every alteration that Flower can read; what it cannot read never comes to us (an error 500 at the
     server, AwayError at the client)."""
 
-    @many(size, 400, 2600)
+    @many(size, 200, 2800)
     @given(altered(raw))
     def attack(wrong: bytes) -> None:
         try:
@@ -129,7 +129,7 @@ def test_altered_join_files_are_one_clear_line(ends, tmp_path, size):
     raw = ends.keys.join_path("anna").read_bytes()
     path = tmp_path / "x.join"
 
-    @many(size, 150, 600)
+    @many(size, 75, 675)
     @given(altered(raw))
     def attack(wrong: bytes) -> None:
         path.write_bytes(wrong)
@@ -165,7 +165,7 @@ def test_altered_memories_and_ledgers_are_refused_or_the_same(tmp_path, size):
 def _attack_file(path: Path, raw: bytes, load: Callable[[], Any], size: str) -> None:
     whole = dict(load())
 
-    @many(size, 150, 600)
+    @many(size, 75, 675)
     @given(altered(raw))
     def attack(wrong: bytes) -> None:
         path.write_bytes(wrong)
@@ -185,7 +185,7 @@ def test_the_gate_answers_every_request_and_lets_in_only_whole_ones(door, size):
     own = key_id(door.keys.clients["anna"]).encode()
     values = st.sampled_from([own, b"10", b"0", b"-1", b"99999999999999", b"", b"\xff\0", b"1\r\n"])
 
-    @many(size, 250, 1150)
+    @many(size, 125, 1275)
     @given(
         st.lists(st.tuples(names, values), max_size=3),
         st.integers(0, 1200),

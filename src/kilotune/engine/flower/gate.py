@@ -1,8 +1,8 @@
 """Who and what may enter the SuperLink, how long a poll is held, and whose bytes a request was.
 
 Flower's own application answers many more calls (control, runtime, app bundles, documentation), most of them without
-asking who is there; a federation whose clients run only their own code needs five. Size, rate and identity are
-checked here, before any layer below reads the body.
+asking who is there; a federation whose clients run only their own code needs five, and `kilotune doctor` a sixth,
+which is ours. Size, rate and identity are checked here, before any layer below reads the body.
 """
 
 import asyncio

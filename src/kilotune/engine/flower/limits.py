@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from kilotune.engine.flower.messages import TYPES
 from kilotune.engine.ledger import MEMBERS_BYTES
+from kilotune.engine.pairs import numbers_down, rank
 from kilotune.engine.secure.costs import vector_bytes
 
 if TYPE_CHECKING:
@@ -52,7 +53,9 @@ def limits_of(plan: "Plan", shapes: Mapping[str, tuple[int, ...]], clients: int)
         up = vector_bytes(plan, numel)
     steps = max(p.recipe.local_steps for p in plans)
     pairs = plan.num_directions or steps * clients  # of a round's sum: no direction twice
-    part = MEMBERS_BYTES + _bound(plan.downlink, numel, pairs)
+    if "apart" in plan.downlink.traits:
+        pairs = steps * clients
+    part = MEMBERS_BYTES + _bound(plan.downlink, numbers_down(plan, numel, clients * rank(plan)), pairs)
     rounds = max(4 * (plan.recipe.rounds or 0), ROUNDS_AT_LEAST)
     extra = 2 * plan.num_directions  # probabilities
     secure = {kind: SECURE_BYTES * (clients + 1) for kind in TYPES if kind.startswith("secure.")}

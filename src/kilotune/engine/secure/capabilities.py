@@ -14,32 +14,32 @@ from kilotune.engine.secure.fixed import LEAST_LEVELS, FixedPoint
 if TYPE_CHECKING:
     from kilotune.engine.compose import Plan
 
-VECTORS = {
-    "coefficients": "the coordinates of the basis",
-    "dense": "every number of every tensor",
-    "seed_scalar": "one sum per direction",
-}
-"""Uplink -> what is summed in its place."""
+VECTORS = {"tensors": "every number of every tensor", "seeds": "one sum per direction"}
+"""What a summable uplink takes -> what is summed in its place."""
 SUMS = ("mean", "seed_sum")
 """Aggregations that need the weighted sum and nothing else."""
 OFF = "or --set secure_aggregation.enabled=false"
 
 
 def matrix() -> list[tuple[str, str, str]]:
-    """(uplink, aggregation, what is summed or why nothing can be) of every pair."""
-    return [(uplink, rule, verdict(uplink, rule)) for uplink in names("codec") for rule in names("aggregation")]
+    """(uplink, aggregation, what is summed or why nothing can be) of every pair; `any` where no rule can help."""
+    rows = []
+    for uplink in names("codec"):
+        rules = names("aggregation") if _summable(uplink) else ["any"]
+        rows += [(uplink, rule, verdict(uplink, rule)) for rule in rules]
+    return rows
 
 
 def verdict(uplink: str, rule: str) -> str:
     """One cell of the table."""
-    sends, takes = find("codec", uplink).takes, find("aggregation", rule).takes
-    if uplink not in VECTORS:
+    if not _summable(uplink):
         return f"no: {_vectorless(uplink)}"
+    sends, takes = find("codec", uplink).takes, find("aggregation", rule).takes
     if rule not in SUMS:
         return f"no: {_curious(rule)}"
     if sends != takes:
         return f"no: {rule} takes {takes}, with or without masks"
-    return f"yes: {VECTORS[uplink]}" + (", not `selection: amplitude`" if rule == "seed_sum" else "")
+    return f"yes: {VECTORS[sends]}" + (", not `selection: amplitude`" if rule == "seed_sum" else "")
 
 
 def secure_clashes(plan: Plan) -> list[str]:
@@ -61,10 +61,17 @@ def length(plan: Plan, numel: dict[str, int]) -> int:
     return plan.num_directions if plan.uplink.takes == "seeds" else sum(numel.values())
 
 
+def _summable(uplink: str) -> bool:
+    return "summable" in find("codec", uplink).gives
+
+
 def _vectorless(uplink: str) -> str:
-    if uplink == "projection":
-        return "every client draws its own seeds, so there is no vector of one length to sum"
-    return "it gives no vector of one length to sum"
+    gives = find("codec", uplink).gives
+    if "own_support" in gives:
+        return "every client chooses what it sends, so there is no vector of one meaning to sum"
+    if "any_rank" in gives:
+        return "ranks differ between clients, so there is no vector of one length to sum"
+    return "its encoding is the method, and masked integers would replace it"
 
 
 def _curious(rule: str) -> str:
@@ -75,7 +82,7 @@ def _curious(rule: str) -> str:
 
 def _part_clashes(plan: Plan) -> list[str]:
     uplink, rule, problems = plan.uplink.method_name(), plan.aggregation.method_name(), []
-    if uplink not in VECTORS:
+    if not _summable(uplink):
         problems.append(
             f"secure_aggregation cannot mask uplink {uplink!r}: {_vectorless(uplink)}. Use uplink: coefficients with "
             f"parametrization: subspace, {OFF}."

@@ -1,0 +1,98 @@
+"""Pairs: LoRA whose factors travel as they are, because what is combined is their product and not each of them.
+
+An update holds A and B as training left them, not how far they moved. The one exception says that nothing happened: a
+client that did not train sends zeros, and a round of zeros leaves everything as it is.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from kilotune.core.factors import component_axes, resized
+from kilotune.core.lazy import torch
+from kilotune.core.types import TensorUpdate
+from kilotune.parametrization import Parametrization, Trainable
+from kilotune.parametrization._direct import DirectTrainable
+from kilotune.parametrization.peft import Peft
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class PairsTrainable(DirectTrainable):
+    """Factor pairs over a frozen base; `apply` takes pairs of the rank that the method allows."""
+
+    def __init__(self, model: nn.Module, params: dict[str, nn.Parameter], scale: float) -> None:
+        super().__init__(model, params)
+        self.scale = scale
+        self._axes = component_axes(params)
+        self._whole: dict[str, Tensor] = {}  # the factors of the recipe's rank, while fewer components are trained
+
+    def narrow(self, rank: int) -> None:
+        """Until `rollback`, train the first components only; the others are not there at all."""
+        if all(self.wire[name].shape[axis] <= rank for name, axis in self._axes.items()):
+            return
+        self._whole = dict(self.wire)
+        self._point_to({name: resized(self.wire[name], axis, rank) for name, axis in self._axes.items()})
+
+    def update(self) -> TensorUpdate:
+        """The factors as they are now, or zeros where none of them moved."""
+        moved = any(not torch.equal(value, self._start(name)) for name, value in self.wire.items())
+        make = torch.clone if moved else torch.zeros_like
+        return TensorUpdate({name: make(value) for name, value in self.wire.items()})
+
+    def rollback(self) -> None:
+        if self._whole:
+            self._point_to(self._whole)
+            self._whole = {}
+        super().rollback()
+
+    def apply(self, changes: Iterable[tuple[str, Tensor]], root: int) -> None:
+        pairs = dict(changes)
+        if any(factor.any() for factor in pairs.values()):
+            self._take(pairs)
+
+    @abstractmethod
+    def _take(self, pairs: dict[str, Tensor]) -> None:
+        """Take over the pairs of a round."""
+
+    def _start(self, name: str) -> Tensor:
+        """Where this round began, of the rank that is trained."""
+        axis = self._axes[name]
+        return self._anchor[name].narrow(axis, 0, self.wire[name].shape[axis])
+
+    def _point_to(self, factors: dict[str, Tensor]) -> None:
+        for name, factor in factors.items():
+            self.params[name].data = self.wire[name] = factor
+
+
+class PairsMethod(Parametrization):
+    """LoRA with one scale for all ranks, so that clients of different ranks mean the same by a product."""
+
+    writes_base: ClassVar[bool] = False
+
+    rank: int = Field(8, ge=1, description="r, the largest rank of a client; groups of clients may have a lower one")
+    scale: float = Field(2.0, gt=0, description="s of s · B A, the same for every rank; LoRA's alpha / r = 16 / 8")
+    targets: Literal["all-linear"] | tuple[str, ...] = Field(
+        "all-linear", description="linear layers that get a pair, by their names"
+    )
+
+    def narrow(self, trainable: Trainable) -> None:
+        assert isinstance(trainable, PairsTrainable)
+        trainable.narrow(self.rank)
+
+    def _wrapped(self, model: nn.Module, seed: int) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+        return adapted(model, seed, self.rank, self.scale, self.targets)
+
+
+def adapted(
+    model: nn.Module, seed: int, rank: int, scale: float, targets: Literal["all-linear"] | tuple[str, ...]
+) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    """A model with plain LoRA pairs of peft, and their parameters."""
+    modules = targets if isinstance(targets, str) else list(targets)
+    config = {"r": rank, "lora_alpha": scale * rank, "target_modules": modules}
+    return Peft(method="lora", config=config).wrapped(model, seed)
