@@ -1,28 +1,37 @@
 """Attacks: what clients that lie do to the final loss, with the defences and without; on a tiny model.
 
     python benchmarks/attacks.py                      # a table
-    python benchmarks/attacks.py --format json        # {"clean", "attacks": [{name, defended, undefended, ..}]}
+    python benchmarks/attacks.py --format json        # {"clean", "attacks": [{name, defended, undefended, ..}], ..}
+    python benchmarks/attacks.py --protocol seeds     # one protocol of three
 
-Ten simulated clients learn a small language; two of them lie from the second round on. Three protocols: coefficients
-of seeded directions, pairs of seed and scalar, LoRA's tensors. For each the same attack meets
+Ten simulated clients learn a small language whose words are partly random; two of the ten lie by one plan. A run is
 
-- defended: the recipe `robust_*` as shipped (guard and robust aggregation);
-- guarded: the plain mean behind the guard, what every recipe has by default;
-- undefended: the plain mean with `defences: {enabled: false}`; there the refusal of NaN by `dense` and `seed_scalar`
-  is switched off as well, because it is a defence. `coefficients` cannot hold NaN: its decoder refuses the payload.
+- clean: the plain mean with `defences: {enabled: false}` and nobody lying;
+- undefended: the same with the two liars. The refusal of NaN by the codecs `dense` and `seed_scalar` is a defence and
+  switched off as well; `coefficients` has no word for NaN, so there that one attack travels as `dense` numbers;
+- defended: the recipe `robust_*` as shipped (guard and robust aggregation), with the two liars.
 
-`clean` is the plain mean with nobody lying. Names with "claims" also report a million rows. A loss is cut at
-`LOSS_CAP` nats; a model that is not finite any more counts as that.
+What each liar sends is said at `ATTACKS`. Liars that send numbers of ordinary size also claim a million rows, which an
+undefended server believes: two reversed updates of ten only take back a quarter of what the other eight bring, and
+nobody who wants to wreck a run would be so modest.
+
+Rounds and rates are such that the three protocols end near the same clean loss, still on their way down. So the top
+level's `clean`, that of the first protocol, is a yardstick for every attack; each attack also holds the `clean` of its
+own protocol, by which `within_5_percent`, |defended / clean - 1| <= 0.05, is judged. `wrecked` says that the undefended
+run ended above the loss at which half of the clean run's gain on the base is lost. Losses are cut at `LOSS_CAP`, which
+also stands for a model that is not finite; a run whose server cannot go on is judged by the model it had come to
+(`undefended_rounds` says after how many rounds).
 """
 
 import argparse
 import importlib
 import json
-import math
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +40,9 @@ import torch
 
 import kilotune  # noqa: F401 - before torch, so that its arithmetic does not depend on the number of threads
 from common import environment
-from kilotune.core.errors import FederationError
+from kilotune.core.errors import KilotuneError
 from kilotune.core.rng import stream
-from kilotune.core.types import SeedUpdate, TensorUpdate, Update
+from kilotune.core.types import SeedUpdate, TensorUpdate, Update, WireContext
 from kilotune.engine.compose import Plan, build, override, read
 from kilotune.engine.evaluation import EvaluationReport
 from kilotune.engine.federation import Federation
@@ -46,33 +55,39 @@ from kilotune.engine.session import encode_rows, evaluator, header, split_rows
 from kilotune.engine.simulation import PackedRows, Simulation
 
 LOSS_CAP = 100.0
-CLIENTS, LIARS, ROUNDS = 10, 2, 8
+BIAS = 1.5  # in root mean squares of the update
+STALE = 20  # times the old answer: as it was, its direction is still a good one where the basis stays the same
+TARGET = 0.05
+CLIENTS, LIARS = 10, 2
 CLAIMED = 10**6
 LARGEST_FP16 = 65504.0
 FIRST_STEP = 25  # where the first block's step, an fp16 number, lies in a payload of coefficients (docs/wire.md)
-WORDS = ("red", "blue", "green", "up", "down", "left", "right", "one", "two", "three")
+QUESTIONS = ("what", "which", "who")
+LAW = {"red": 0.4, "green": 0.3, "blue": 0.15, "up": 0.08, "down": 0.04, "left": 0.03}
+STOP = 0.4  # after every word but the first
+
 SHARED = ["batch_size=8", "evaluation.generate=false", "evaluation.limit=40", "data.max_length=48", "threads=1"]
-SHARED += [f"rounds={ROUNDS}", "keep_contributions=never", "data.template=plain", "micro_batch_tokens=512"]
-PROTOCOLS: dict[str, tuple[str, list[str], list[str]]] = {
+SHARED += ["keep_contributions=never", "data.template=plain", "micro_batch_tokens=512"]
+PROTOCOLS: dict[str, tuple[str, list[str], str]] = {
     "coefficients": (
         "robust_coefficients",
-        ["basis.size=512", "local_steps=3", "optimizer.lr=0.1"],
-        ["aggregation={name: mean, weighting: examples}"],
+        ["rounds=5", "basis.size=128", "local_steps=2", "optimizer.lr=0.045"],
+        "aggregation={name: mean, weighting: examples}",
     ),
     "seeds": (
         "robust_seeds",
-        ["basis.size=64", "local_steps=6", "optimizer.lr=0.01", "estimator.epsilon=0.03"],
-        ["aggregation={name: seed_sum, weighting: examples}", "shared_directions=false"],
+        ["rounds=6", "basis.size=64", "local_steps=6", "optimizer.lr=0.2", "estimator.epsilon=0.03"],
+        "aggregation={name: seed_sum, weighting: examples}",
     ),
     "lora": (
         "robust_lora",
-        ["local_steps=3", "optimizer.lr=0.1"],
-        ["aggregation={name: mean, weighting: examples}"],
+        ["rounds=5", "local_steps=2", "optimizer.lr=0.006"],
+        "aggregation={name: mean, weighting: examples}",
     ),
 }
 """Protocol -> (robust recipe, its settings for the tiny model, what makes it the plain mean)."""
 
-Lie = Callable[[Plan, Replica, Request, Reply, dict[str, Any]], Reply]
+Lie = Callable[[Plan, Replica, Request, Reply, dict[Any, Any]], Reply]
 """(plan, the replica, request, honest reply, what this liar and its friends remember) -> what is sent."""
 
 
@@ -80,85 +95,94 @@ Lie = Callable[[Plan, Replica, Request, Reply, dict[str, Any]], Reply]
 
 
 def _values(update: Update, change: Callable[[np.ndarray], np.ndarray]) -> Update:
+    """The update with all its numbers, laid end to end, changed."""
     if isinstance(update, SeedUpdate):
         return SeedUpdate(update.indices, change(update.coefs).astype(np.float32), update.groups)
-    return TensorUpdate({n: torch.from_numpy(change(t.numpy()).astype(np.float32)) for n, t in update.tensors.items()})
+    changed = change(np.concatenate([tensor.numpy().reshape(-1) for tensor in update.tensors.values()]))
+    sizes = [tensor.numel() for tensor in update.tensors.values()]
+    parts = torch.from_numpy(changed.astype(np.float32)).split(sizes)
+    return TensorUpdate({n: part.reshape(t.shape) for part, (n, t) in zip(parts, update.tensors.items(), strict=True)})
 
 
-def changing(change: Callable[[np.ndarray, dict[str, Any]], np.ndarray]) -> Lie:
-    """Numbers of the honest update, changed."""
+def changing(change: Callable[[np.ndarray, dict[Any, Any]], np.ndarray]) -> Lie:
+    """Numbers of the honest update, changed; the dictionary is what the liars share in this round."""
 
-    def lie(plan: Plan, replica: Replica, request: Request, reply: Reply, memory: dict[str, Any]) -> Reply:
-        context = replica.context(int(request.body["round"]))
+    def lie(plan: Plan, replica: Replica, request: Request, reply: Reply, memory: dict[Any, Any]) -> Reply:
+        number = int(request.body["round"])
+        shared, context = memory.setdefault(number, {}), replica.context(number)
         honest = plan.uplink.decode(reply.payloads[0], context)
-        sent = _values(honest, lambda numbers: change(numbers, memory))
+        sent = _values(honest, lambda numbers: change(numbers, shared))
         return replace(reply, payloads=(_encoded(plan, sent, context),))
 
     return lie
 
 
-def _encoded(plan: Plan, update: Update, context: Any) -> bytes:
+def _encoded(plan: Plan, update: Update, context: WireContext) -> bytes:
     """A payload that holds these numbers; NaN is written into a finished one, since no encoder writes it."""
-    spoilt = _values(update, np.isnan)
-    if _any(spoilt):
+    tables = [update.coefs] if isinstance(update, SeedUpdate) else [t.numpy() for t in update.tensors.values()]
+    half = getattr(plan.uplink, "dtype", "") == "fp16"
+    if any(np.isnan(table).any() for table in tables):
         payload = bytearray(plan.uplink.encode(_values(update, np.nan_to_num), context, {}))
-        width = 4 if plan.uplink.method_name() == "seed_scalar" else 2
-        place = FIRST_STEP if plan.uplink.method_name() == "coefficients" else len(payload) - width
-        payload[place : place + width] = np.array([np.nan], f"<f{width}").tobytes()
+        if plan.uplink.method_name() == "coefficients":
+            payload[FIRST_STEP : FIRST_STEP + 2] = np.array([np.nan], "<f2").tobytes()
+        elif tables[0].size:
+            number = np.array([np.nan], "<f2" if half else "<f4").tobytes()
+            payload[-len(number) :] = number
         return bytes(payload)
-    if getattr(plan.uplink, "dtype", "") == "fp16":  # as large as it can say
+    if half:  # as large as it can say
         update = _values(update, lambda numbers: np.clip(numbers, -LARGEST_FP16, LARGEST_FP16))
     return plan.uplink.encode(update, context, {})
 
 
-def _any(update: Update) -> bool:
-    if isinstance(update, SeedUpdate):
-        return bool(update.coefs.any())
-    return any(bool(tensor.any()) for tensor in update.tensors.values())
+def _huge(numbers: np.ndarray, shared: dict[Any, Any]) -> np.ndarray:
+    return np.where(np.arange(numbers.size) % 2, -1e6, 1e6)
 
 
-def stale(plan: Plan, replica: Replica, request: Request, reply: Reply, memory: dict[str, Any]) -> Reply:
-    """The answer to the first round that this liar lied in, ever again."""
-    kept = memory.setdefault(("first", request.body["client"]), reply.payloads[0])
+def _biased(numbers: np.ndarray, shared: dict[Any, Any]) -> np.ndarray:
+    size = BIAS * np.sqrt(np.mean(np.square(numbers, dtype=np.float64)))
+    against = shared.setdefault(numbers.size, -np.sign(numbers))  # the first liar's; pairs may be fewer
+    return numbers + size * against
+
+
+def stale(plan: Plan, replica: Replica, request: Request, reply: Reply, memory: dict[Any, Any]) -> Reply:
+    """The liar's answer to the first round in every later one, larger."""
+    number = int(request.body["round"])
+    context = replica.context(number)
+    if number == 1:
+        memory[request.body["client"]] = plan.uplink.decode(reply.payloads[0], context)
+        return reply
+    old = _values(memory[request.body["client"]], lambda numbers: STALE * numbers)
+    return replace(reply, payloads=(_encoded(plan, old, context),))
+
+
+def duplicated(plan: Plan, replica: Replica, request: Request, reply: Reply, memory: dict[Any, Any]) -> Reply:
+    """One payload from all liars of a round: the first one's, reversed."""
+    turned = reverse(plan, replica, request, reply, memory)
+    kept = memory[int(request.body["round"])].setdefault("payload", turned.payloads[0])
     return replace(reply, payloads=(kept,))
 
 
-def duplicated(plan: Plan, replica: Replica, request: Request, reply: Reply, memory: dict[str, Any]) -> Reply:
-    """The answer of the first liar of the round, from all of them."""
-    kept = memory.setdefault(("shared", request.body["round"]), reply.payloads[0])
-    return replace(reply, payloads=(kept,))
-
-
-def _bias(numbers: np.ndarray, memory: dict[str, Any]) -> np.ndarray:
-    """All liars push all numbers the same way, by as much as they usually differ."""
-    return numbers + float(np.sqrt(np.mean(np.square(numbers, dtype=np.float64))))
-
+reverse = changing(lambda numbers, shared: -numbers)
 
 ATTACKS: dict[str, tuple[Lie, bool]] = {
-    "nan": (changing(lambda numbers, memory: np.full_like(numbers, np.nan)), False),
-    "+1e6": (changing(lambda numbers, memory: np.full_like(numbers, 1e6)), False),
-    "-1e6": (changing(lambda numbers, memory: np.full_like(numbers, -1e6)), False),
-    "flip x10": (changing(lambda numbers, memory: -10 * numbers), False),
-    "flip": (changing(lambda numbers, memory: -numbers), False),
-    "flip, claims": (changing(lambda numbers, memory: -numbers), True),
-    "stale": (stale, False),
-    "stale, claims": (stale, True),
-    "duplicated": (duplicated, False),
-    "duplicated, claims": (duplicated, True),
-    "small bias": (changing(_bias), False),
-    "small bias, claims": (changing(_bias), True),
+    "NaN": (changing(lambda numbers, shared: np.full_like(numbers, np.nan)), False),
+    "+-1e6": (changing(_huge), False),  # by turns
+    "sign-flipped": (reverse, True),
+    "stale": (stale, True),
+    "duplicated": (duplicated, True),
+    "small bias": (changing(_biased), True),
 }
 """Name -> (the lie, whether a million rows are claimed too)."""
 
 
 def lying(
-    honest: Handler, lie: Lie, claims: bool, plan: Plan, replica: Replica, memory: dict[str, Any], name: str
+    honest: Handler, lie: Lie, claims: bool, plan: Plan, replica: Replica, memory: dict[Any, Any], name: str
 ) -> Handler:
     """A client's handler that lies about its training."""
 
     def handler(request: Request) -> Reply:
         reply = honest(request)
-        if request.kind != "train" or reply.error is not None or int(request.body["round"]) < 2:
+        if request.kind != "train" or reply.error is not None:
             return reply
         told = replace(request, body={**request.body, "client": name})
         reply = lie(plan, replica, told, reply, memory)
@@ -171,15 +195,20 @@ def lying(
 
 
 def rows(path: Path) -> Path:
-    """A small language: a word is answered by one of three words and a last one; every client has all of it."""
-    lines = []
+    """A small language: an answer is words drawn by one law, and ends by chance; every client has rows of all of it."""
+    words, law, lines = list(LAW), list(LAW.values()), []
     for client in range(CLIENTS):
         rng = stream(client, "attacks")
-        for n in range(28):
-            word = int(rng.integers(len(WORDS)))
-            answer = f"{WORDS[0] if word < 6 else WORDS[word % 3]} {WORDS[9]}"
-            row = {"instruction": WORDS[word], "output": answer, "client": f"c{client}"}
-            lines.append(json.dumps({**row, "input": "", "split": "test" if n < 4 else "train"}))
+        for n in range(36):
+            length = int(rng.geometric(STOP))
+            row = {
+                "instruction": QUESTIONS[int(rng.integers(len(QUESTIONS)))],
+                "input": "",
+                "output": " ".join(words[i] for i in rng.choice(len(words), min(length, 6), p=law)),
+                "client": f"c{client}",
+                "split": "test" if n < 4 else "train",
+            }
+            lines.append(json.dumps(row))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
@@ -189,7 +218,7 @@ def tiny_base(folder: Path) -> Path:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "<end>", "<unk>", *WORDS])}
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<end>", "<unk>", *QUESTIONS, *LAW])}
     tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>", unk_token="<unk>")
@@ -198,12 +227,13 @@ def tiny_base(folder: Path) -> Path:
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=len(vocabulary),
-            hidden_size=32,
-            intermediate_size=64,
+            hidden_size=16,
+            intermediate_size=32,
             num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
             max_position_embeddings=64,
+            initializer_range=0.2,
             tie_word_embeddings=True,
             pad_token_id=0,
             eos_token_id=1,
@@ -213,34 +243,53 @@ def tiny_base(folder: Path) -> Path:
     return folder
 
 
-class Ground:
-    """Base and rows, loaded once; every run starts from the base's own weights."""
+@dataclass(frozen=True)
+class Run:
+    """Losses before and after, and what a round cost."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    before: float
+    after: float
+    rounds: int
+    seconds: float
+    guard_seconds: float
+    refused: int
+
+
+class Ground:
+    """Base and rows on disk; every run starts from the base's own weights."""
+
+    def __init__(self, folder: Path, tell: Callable[[str], None]) -> None:
+        """`tell` hears of the guard's verdicts, and of what ends a run."""
+        self.folder, self._tell = folder, tell
         self.shared = [*SHARED, f"base={tiny_base(folder / 'base')}", f"data.path={rows(folder / 'rows.jsonl')}"]
 
     def plan(self, protocol: str, *settings: str) -> Plan:
         recipe, own, _ = PROTOCOLS[protocol]
         return build(override(read(recipe), [*self.shared, *own, *settings]), "federate")
 
-    def run(self, plan: Plan, attack: str | None) -> dict[str, Any]:
-        """Final loss, and what the rounds cost."""
+    def run(self, plan: Plan, attack: str | None = None) -> Run:
+        """One federation, whole."""
         events: list[dict[str, Any]] = []
         with tempfile.TemporaryDirectory(dir=self.folder) as output:
             federation = self._federation(plan, Path(output), attack, events.append)
             try:
-                loss = federation.run()["after"].overall.loss
-            except FederationError:  # nobody can train on what the liars left
-                loss = federation.evaluate(len(federation.ledger)).overall.loss
+                federation.run()
+            except KilotuneError as error:  # what the liars left cannot be trained on or sent
+                self._tell(f"{error}")
+                federation.evaluate(len(federation.ledger))
+        for event in events:
+            if event["event"] == "guard":
+                self._tell(json.dumps(event))
+        losses = [event["overall"]["loss"] for event in events if event["event"] == "evaluation"]
         done = [event for event in events if event["event"] == "round"]
-        return {
-            "loss": min(loss, LOSS_CAP) if math.isfinite(loss) else LOSS_CAP,
-            "rounds": len(done),
-            "round_seconds": sum(e["seconds"] for e in done) / max(1, len(done)),
-            "guard_seconds": sum(e["guard_seconds"] for e in done) / max(1, len(done)),
-            "refused": sum(len(e["refused"]) for e in events if e["event"] == "guard"),
-        }
+        return Run(
+            losses[0],
+            LOSS_CAP if losses[-1] is None else min(losses[-1], LOSS_CAP),
+            len(done),
+            sum(event["seconds"] for event in done) / max(1, len(done)),
+            sum(event["guard_seconds"] for event in done) / max(1, len(done)),
+            sum(len(event["refused"]) for event in events if event["event"] == "guard"),
+        )
 
     def _federation(self, plan: Plan, output: Path, attack: str | None, emit: Callable[..., None]) -> Federation:
         base: Base = load_base(plan.recipe.base, writable=True)
@@ -256,7 +305,7 @@ class Ground:
             replica, ledger, PackedRows(shares.clients), encode, measure, output, lambda event: None
         )
         handlers = simulation.handlers()
-        memory: dict[str, Any] = {}
+        memory: dict[Any, Any] = {}
         for name in sorted(handlers)[:: CLIENTS // LIARS][:LIARS] if attack is not None else ():
             handlers[name] = lying(handlers[name], *ATTACKS[attack or ""], plan, replica, memory, name)
 
@@ -269,8 +318,8 @@ class Ground:
 @contextmanager
 def believing_codecs() -> Iterator[None]:
     """Codecs that decode NaN and infinity like any other number."""
-    modules = [importlib.import_module(f"kilotune.codec.{name}") for name in ("dense", "seed_scalar")]
-    kept = [(module, module.check_finite) for module in modules if hasattr(module, "check_finite")]
+    modules: list[Any] = [importlib.import_module(f"kilotune.codec.{name}") for name in ("dense", "seed_scalar")]
+    kept = [(module, module.check_finite) for module in modules]
     try:
         for module, _ in kept:
             module.check_finite = lambda *words: None
@@ -280,77 +329,91 @@ def believing_codecs() -> Iterator[None]:
             module.check_finite = check
 
 
-def measured(ground: Ground, protocol: str, names: list[str]) -> dict[str, Any]:
-    """One protocol: clean, and every attack three times."""
-    plain = PROTOCOLS[protocol][2]
-    robust, guarded = ground.plan(protocol), ground.plan(protocol, *plain)
-    bare = ground.plan(protocol, *plain, "defences.enabled=false")
-    clean, quiet = ground.run(guarded, None), ground.run(robust, None)
-    rounds = []
+def measured(ground: Ground, protocol: str, names: list[str], show: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """One protocol: clean, and every attack with and without the defences."""
+    robust, bare = ground.plan(protocol), [PROTOCOLS[protocol][2], "defences.enabled=false"]
+    clean, quiet = ground.run(ground.plan(protocol, *bare)), ground.run(robust)
+    half_lost, rounds = (clean.before + clean.after) / 2, []
     for name in names:
-        defended, behind = ground.run(robust, name), ground.run(guarded, name)
+        defended = ground.run(robust, name)
+        speaking = ["uplink={name: dense}"] if (protocol, name) == ("coefficients", "NaN") else []
         with believing_codecs():
-            undefended = ground.run(bare, name)
+            undefended = ground.run(ground.plan(protocol, *bare, *speaking), name)
         rounds.append(
             {
                 "name": f"{protocol}: {name}",
-                "defended": round(defended["loss"], 4),
-                "guarded": round(behind["loss"], 4),
-                "undefended": round(undefended["loss"], 4),
-                "clean": round(clean["loss"], 4),
-                "within_5_percent": defended["loss"] <= 1.05 * clean["loss"],
-                "wrecked_without": undefended["loss"] > 1.05 * clean["loss"],
-                "refused": defended["refused"],
-                "rounds_without": undefended["rounds"],
+                "protocol": protocol,
+                "clean": round(clean.after, 4),
+                "defended": round(defended.after, 4),
+                "undefended": round(undefended.after, 4),
+                "within_5_percent": abs(defended.after / clean.after - 1) <= TARGET,
+                "wrecked": undefended.after > half_lost,
+                "refused": defended.refused,
+                "undefended_rounds": undefended.rounds,
             }
         )
-        print_row(rounds[-1])
-    cost = {key: round(quiet[key], 5) for key in ("round_seconds", "guard_seconds")}
-    cost["fraction"] = round(quiet["guard_seconds"] / quiet["round_seconds"], 4)
-    return {"clean": clean["loss"], "robust_clean": quiet["loss"], "cost": cost, "attacks": rounds}
+        show(rounds[-1])
+    return {
+        "base": round(clean.before, 4),
+        "clean": round(clean.after, 4),
+        "defended_clean": round(quiet.after, 4),
+        "half_lost": round(half_lost, 4),
+        "round_seconds": round(quiet.seconds, 4),
+        "guard_seconds": round(quiet.guard_seconds, 4),
+        "guard_share": round(quiet.guard_seconds / quiet.seconds, 4),
+        "attacks": rounds,
+    }
 
 
 # -- output -----------------------------------------------------------------------------------------------------------
 
-print_row: Callable[[dict[str, Any]], None] = lambda row: None  # noqa: E731 - replaced for a terminal
-
 
 def _line(row: dict[str, Any]) -> None:
-    numbers = "".join(f"{row[key]:12.3f}" for key in ("clean", "defended", "guarded", "undefended"))
-    print(f"{row['name']:34s}{numbers}{row['refused']:9d}", flush=True)
+    verdict = ("" if row["within_5_percent"] else "  MISSED") + ("" if row["wrecked"] else "  not wrecked")
+    numbers = "".join(f"{row[key]:12.3f}" for key in ("clean", "defended", "undefended"))
+    print(f"{row['name']:28s}{numbers}{row['refused']:9d}{verdict}", flush=True)
 
 
 def main() -> None:
-    global print_row
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--format", choices=("text", "json"), default="text")
     parser.add_argument("--output", type=Path, help="also write the JSON here")
-    parser.add_argument("--protocol", nargs="*", choices=tuple(PROTOCOLS), default=list(PROTOCOLS))
-    parser.add_argument("--attack", nargs="*", choices=tuple(ATTACKS), default=list(ATTACKS))
+    parser.add_argument("--protocol", nargs="+", choices=tuple(PROTOCOLS), default=list(PROTOCOLS))
+    parser.add_argument("--attack", nargs="+", choices=tuple(ATTACKS), default=list(ATTACKS))
+    parser.add_argument("--verdicts", action="store_true", help="also what the guard decided, on standard error")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.format == "text":
-        print_row = _line
-        print(f"{'attack':34s}{'clean':>12s}{'defended':>12s}{'guarded':>12s}{'undefended':>12s}{'refused':>9s}")
+    text = args.format == "text"
+
+    def tell(line: str) -> None:
+        if args.verdicts:
+            print(line, file=sys.stderr)
+
+    if text:
+        print(f"{'attack':28s}{'clean':>12s}{'defended':>12s}{'undefended':>12s}{'refused':>9s}")
+    started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        ground = Ground(Path(folder))
-        found = {name: measured(ground, name, args.attack) for name in args.protocol}
+        ground, show = Ground(Path(folder), tell), _line if text else lambda row: None
+        found = {name: measured(ground, name, args.attack, show) for name in args.protocol}
     content = {
-        "clean": {name: round(part["clean"], 4) for name, part in found.items()},
-        "attacks": [row for part in found.values() for row in part["attacks"]],
-        "cost": {name: part["cost"] for name, part in found.items()},
-        "robust_clean": {name: round(part["robust_clean"], 4) for name, part in found.items()},
-        "setting": {"clients": CLIENTS, "liars": LIARS, "rounds": ROUNDS, "loss_cap": LOSS_CAP},
+        "clean": found[args.protocol[0]]["clean"],
+        "attacks": [row for part in found.values() for row in part.pop("attacks")],
+        "protocols": found,
+        "setting": {"clients": CLIENTS, "liars": LIARS, "claimed_rows": CLAIMED, "loss_cap": LOSS_CAP},
+        "seconds": round(time.monotonic() - started, 1),
         "environment": environment(),
     }
     if args.output is not None:
         args.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    if args.format == "json":
+    if not text:
         print(json.dumps(content))
-    else:
-        for name, part in found.items():
-            cost = part["cost"]
-            print(f"{name}: defences {cost['guard_seconds'] * 1e3:.1f} ms a round, {cost['fraction']:.1%}")
+        return
+    for name, part in found.items():
+        print(
+            f"{name}: base {part['base']:.3f}, wrecked above {part['half_lost']:.3f}, defended without liars "
+            f"{part['defended_clean']:.3f}; defences {part['guard_seconds'] * 1e3:.1f} ms of a round of "
+            f"{part['round_seconds'] * 1e3:.0f} ms ({part['guard_share']:.1%})"
+        )
 
 
 if __name__ == "__main__":

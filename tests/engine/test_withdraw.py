@@ -44,6 +44,8 @@ def taken_out(run, output, how="subtract", client="bob", keys=None):
 def test_one_round_without_a_client_is_the_round_of_a_federation_that_never_had_it(base, data, tmp_path, recipe, liar):
     """Kills: weights that are not shared out anew; bounds of the others that still follow the client who left."""
     settings = ("rounds=1", *QUICK, *(PAIRS if "fedkseed" in recipe else ()))
+    if recipe == "robust_coefficients":  # of so few clients multi-Krum makes a plain mean
+        settings += ("aggregation={name: geometric_median, weighting: equal}",)
     lies = {"bob": times(30.0)} if liar else {}
     prepared(plan(base, data, recipe, *settings), tmp_path / "run", lies).run()
     two = write_rows(tmp_path / "two.jsonl")
