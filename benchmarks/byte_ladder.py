@@ -1,0 +1,631 @@
+"""The byte ladder: every federated recipe on the same rows, clients and compute; quality against bytes and rounds.
+
+    python benchmarks/byte_ladder.py --data FOLDER --output runs/ladder             # everything that is missing
+    python benchmarks/byte_ladder.py --data FOLDER --rows ni --recipes kilotune fedkseed references
+    python benchmarks/byte_ladder.py --data FOLDER --model tiny --rounds 2 --local-steps 2   # does it work at all?
+
+FOLDER holds clinc150, ni_core, ni_unseen and banking77 (.jsonl.gz). A finished run is one JSON file, named by
+everything that decides its figures, and is not repeated; an interrupted one goes on where it was; one that fails is a
+line with its error and is tried again by the next call. After each run the page is written anew, from all files there
+are of this setting. What is held equal, and how, stands on that page: `METHOD`, below.
+"""
+
+import argparse
+import gzip
+import hashlib
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from html import escape
+from math import ceil, floor, inf, log10
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+from common import environment, figure, fresh, run_recipe
+from kilotune.core.errors import KilotuneError
+
+if TYPE_CHECKING:
+    from kilotune.engine.compose import Plan
+from results import table as markdown
+
+HERE = Path(__file__).parent
+OURS = "kilotune"
+REFERENCES = "references"
+PASSES = 3  # a step with backprop: one pass forward, and one back that costs two
+
+METHOD = """
+Every federated recipe on the same rows and the same clients, with the same local compute.
+
+- **Which.** Every shipped recipe with `rounds`, except those whose subject is trust, not bytes: with `privacy`, with
+  `secure_aggregation`, or named `robust_*`.
+- **Compute.** A client makes {rounds} rounds x {local_steps} steps of {batch_size} rows, whatever the recipe says. A
+  step with backprop counts as three forward passes (the way back costs two). Clients with forward passes alone may
+  spend as many in all: a step is two, each measurement of the rate (`lr: auto`) eleven. A recipe that sends every
+  gradient (`local_steps: 1`) keeps doing so, in {local_steps} times as many rounds. What a part counts in rounds (a
+  warm-up) is scaled with the rounds.
+- **Bytes.** All payloads of one client over the whole run, up and down.
+- **Rates.** Each recipe's own. "lr x 3" and the like: the best of a small grid, found with another seed (other
+  batches, noise and held-out rows); with forward passes alone also the rate that `lr: auto` measures.
+- **References.** *alone*: LoRA (`local_lora`) on one client's rows, as many steps; mean over the clients.
+  *centralised*: LoRA on all rows, as many steps, each with as many rows as all clients have in theirs. All runs are
+  measured on the same held-out rows.
+- **Frontier (\*).** No other protocol has a lower loss for as many bytes or fewer.
+- **Rows.** `clinc150`: the first clients of the file, one domain each, no label shared; `ni`: the first clients of
+  ni_core, one task each, measured on the tasks of ni_unseen; `banking77_dirichlet_*`: clients drawn by Dirichlet over
+  the intents.
+"""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from, and who owns them."""
+
+    file: str
+    held_out: str = ""  # file of the held-out rows; none: the clients' own
+    alpha: float | None = None  # clients drawn by Dirichlet(alpha) over the answers; None: the first ones of the file
+
+
+ROWS = {
+    "clinc150": Source("clinc150"),
+    "ni": Source("ni_core", held_out="ni_unseen"),
+    "banking77_dirichlet_0.1": Source("banking77", alpha=0.1),
+    "banking77_dirichlet_1.0": Source("banking77", alpha=1.0),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all runs of a ladder have in common."""
+
+    model: str
+    clients: int
+    rounds: int
+    local_steps: int
+    batch_size: int
+    limit: int  # held-out rows
+    every: int  # rounds between evaluations
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a recipe with changes; what only says where things lie (`places`) does not decide its figures."""
+
+    row: str
+    label: str
+    recipe: str
+    changes: tuple[str, ...]
+    places: tuple[str, ...]
+    setting: Setting
+
+    @property
+    def path(self) -> Path:
+        """Its JSON file, below the output folder."""
+        from kilotune.engine.compose import override, read
+
+        content = override(read(self.recipe), list(self.changes)) | {"title": "", "source": ""}
+        facts = json.dumps([content, asdict(self.setting)], sort_keys=True)
+        name = self.label.replace(", ", "-").replace(" ", "_")
+        return Path(self.row) / f"{name}-{hashlib.sha256(facts.encode()).hexdigest()[:8]}.json"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with clinc150.jsonl.gz and the others")
+    parser.add_argument("--rows", nargs="*", choices=tuple(ROWS), default=list(ROWS))
+    parser.add_argument("--recipes", nargs="*", help=f"recipes, or '{REFERENCES}'; default: all; none: only the page")
+    parser.add_argument("--tuned", action="store_true", help="also with the best rate of --grid")
+    parser.add_argument("--grid", type=float, nargs="+", default=[0.3, 1.0, 3.0], help="factors of a recipe's rate")
+    parser.add_argument("--model", choices=("tiny", "smollm2-135m"), default="smollm2-135m")
+    parser.add_argument("--clients", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--local-steps", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--limit", type=int, default=48, help="held-out rows, spread evenly over the clients")
+    parser.add_argument("--every", type=int, help="rounds between evaluations; default: a third of --rounds")
+    parser.add_argument("--output", type=Path, default=Path("runs/ladder"))
+    parser.add_argument("--page", type=Path, help="default: docs/byte_ladder.md; with the tiny model in --output")
+    args = parser.parse_args()
+    if unknown := set(args.recipes or ()) - {REFERENCES, *federated()}:
+        parser.error(f"--recipes: got {', '.join(sorted(unknown))}, expected of {REFERENCES}, {', '.join(federated())}")
+    ladder = Ladder(args)
+    for row in args.rows:
+        for name in [REFERENCES, *ladder.own]:
+            if args.recipes is None or name in args.recipes:
+                ladder.climb(row, name)
+    ladder.write_page()
+
+
+# -- the same for all -------------------------------------------------------------------------------------------------
+
+
+def federated() -> list[str]:
+    """The recipes of the ladder (`METHOD`, "Which"); one that cannot be read belongs to it, so that it is told."""
+    from kilotune.engine.compose import read, shipped
+
+    def belongs(name: str) -> bool:
+        try:
+            content = read(name)
+        except KilotuneError:
+            return True
+        trust = content.get("privacy") or content.get("secure_aggregation") or name.startswith("robust_")
+        return bool(content.get("rounds")) and not trust
+
+    return [name for name in shipped() if belongs(name)]
+
+
+@cache
+def same_compute(recipe: str, setting: Setting, changes: tuple[str, ...]) -> tuple[str, ...]:
+    """The changes that give each client of a recipe the compute of everybody else. Raises RecipeError."""
+    from kilotune.engine.compose import compose, override, read
+
+    own = compose(recipe, "federate", list(changes))
+    rounds, steps = setting.rounds, setting.local_steps
+    if own.recipe.local_steps == 1:
+        rounds, steps = forward_steps(own, setting, 1) if own.estimator.forward_only else rounds * steps, 1
+    elif own.estimator.forward_only:
+        steps = forward_steps(own, setting, rounds)
+    content, stretch = override(read(recipe), list(changes)), rounds / (own.recipe.rounds or 1)
+    sets = [*changes, f"rounds={rounds}", f"local_steps={steps}", f"batch_size={setting.batch_size}"]
+    sets.append(f"evaluation.every={setting.every * rounds // setting.rounds}")
+    sets += [f"{path}={max(1, round(number * stretch))}" for path, number in counted_in_rounds(content)]
+    groups = [dict(group) for group in content.get("clients", ())]
+    for index, group in enumerate(groups):
+        follower = own.for_group(index)
+        if follower.estimator.forward_only:
+            group["local_steps"] = forward_steps(follower, setting, rounds)
+        elif "local_steps" in group:
+            group["local_steps"] = steps
+    sets += ["clients=" + json.dumps(groups)] if groups else []
+    compose(recipe, "federate", sets)
+    return tuple(sets)
+
+
+def counted_in_rounds(content: dict[str, Any], path: str = "") -> Iterator[tuple[str, int]]:
+    """(place, number) of every `rounds` or `warmup` of a part."""
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from counted_in_rounds(value, f"{path}{key}.")
+        elif path and key in ("rounds", "warmup") and isinstance(value, int):
+            yield path + key, value
+
+
+def forward_steps(plan: "Plan", setting: Setting, rounds: int) -> int:
+    """Steps a round of two forward passes for the price of the others' steps, measurements of the rate included."""
+    from kilotune.estimator.zeroth_order import NUM_PROBES
+
+    allowed = PASSES * setting.rounds * setting.local_steps
+
+    def passes(steps: int) -> int:
+        probes = ceil(rounds * steps / getattr(plan.estimator, "probe_every", 1)) if plan.optimizer.lr == "auto" else 0
+        return int(2 * rounds * steps + (1 + 2 * NUM_PROBES) * probes)
+
+    return max((n for n in range(1, allowed) if passes(n) <= allowed), default=1)
+
+
+def write_rows(data: Path, source: Source, clients: int, target: Path) -> list[str]:
+    """One file of training rows, each with its owner, and held-out rows; returns the owners."""
+    from kilotune.core.rng import stream
+    from kilotune.partition.dirichlet import Dirichlet
+
+    rows = read_rows(data, source.file)
+    train, held_out = ([row for row in rows if row["split"] == split] for split in ("train", "test"))
+    if source.alpha is not None:
+        method = Dirichlet(alpha=source.alpha, num_clients=clients, field="output")
+        parts = method.split(train, stream(0, "partition"))
+        train = [{**train[i], "client": name} for name, part in parts.items() for i in part]
+    owners = sorted({row["client"] for row in train})[:clients]
+    train = [row for row in train if row["client"] in owners]
+    if source.held_out:
+        held_out = read_rows(data, source.held_out)
+    elif source.alpha is None:
+        held_out = [row for row in held_out if row["client"] in owners]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text("".join(json.dumps(row) + "\n" for row in [*train, *held_out]), encoding="utf-8")
+    return owners
+
+
+def read_rows(data: Path, name: str) -> list[dict[str, str]]:
+    """All rows of a file."""
+    with gzip.open(data / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+# -- runs -------------------------------------------------------------------------------------------------------------
+
+
+class Ladder:
+    """All runs of one setting: those that are there and those that are missing."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.output, self.base = args, args.output, args.model
+        args.every = args.every or max(1, args.rounds // 3)
+        self.setting = Setting(**{field.name: getattr(args, field.name) for field in fields(Setting)})
+        if args.model == "tiny":
+            from federation import save_tiny
+
+            self.base = str(self.output / "tiny")
+            save_tiny(Path(self.base))
+        self.owners: dict[str, list[str]] = {}
+        for row, source in ROWS.items():
+            if row in args.rows or (self.output / row).exists():
+                self.owners[row] = write_rows(args.data, source, args.clients, self.output / row / "rows.jsonl")
+        self.own: dict[str, tuple[str, ...]] = {}  # recipe -> its changes
+        self.broken: dict[str, str] = {}
+        for name in federated():
+            try:
+                self.own[name] = same_compute(name, self.setting, ("seed=0",))
+            except Exception as error:  # whatever is wrong with one recipe, the others are run
+                self.broken[name] = f"{type(error).__name__}: {error}"
+                print(f"{name}: {self.broken[name]}", flush=True)
+
+    def climb(self, row: str, name: str) -> None:
+        """All runs of one recipe on one set of rows."""
+        if name == REFERENCES:
+            jobs = self.references(row)
+        else:
+            jobs = [self.job(row, name, name, self.own[name]), *self.grid(row, name)]
+        for job in jobs:
+            self.run(job)
+        if name != REFERENCES and (best := self.tuned(row, name)):
+            self.run(best)
+
+    def job(self, row: str, label: str, recipe: str, changes: tuple[str, ...]) -> Job:
+        """A run on these rows."""
+        places = (f"base={self.base}", f"data.path={self.output / row / 'rows.jsonl'}", "data.system=")
+        told = (f"evaluation.limit={self.setting.limit}", "evaluation.max_new_tokens=12")
+        return Job(row, label, recipe, changes, (*places, *told), self.setting)
+
+    def references(self, row: str) -> list[Job]:
+        """LoRA on each client's rows alone, and last on all of them."""
+        steps, rows, owners = self.setting.rounds * self.setting.local_steps, self.setting.batch_size, self.owners[row]
+        jobs = {f"alone {name}": (f"data.only={name}", f"batch_size={rows}") for name in owners}
+        jobs["centralised"] = (f"batch_size={rows * len(owners)}",)
+        return [self.job(row, label, "local_lora", (f"steps={steps}", *more)) for label, more in jobs.items()]
+
+    def grid(self, row: str, recipe: str) -> list[Job]:
+        """The rates to try, with another seed; none where the recipe measures its rate itself."""
+        from kilotune.engine.compose import compose
+
+        if not self.args.tuned:
+            return []
+        plan = compose(recipe, "federate")
+        if plan.optimizer.lr == "auto":
+            return []
+        # A recipe that sends every gradient has its rate on the server.
+        key = "server_optimizer" if plan.recipe.local_steps == 1 else "optimizer"
+        rates = {f"lr x {f:g}": [f"{key}.lr={getattr(plan, key).lr * f:.6g}"] for f in self.args.grid}
+        if plan.estimator.forward_only:
+            rates["measured lr"] = ["optimizer.lr=auto", "estimator.clip=3"]
+        jobs = []
+        for word, more in rates.items():
+            with suppress(KilotuneError):  # not every recipe can measure its rate
+                changes = same_compute(recipe, self.setting, ("seed=1", *more))
+                jobs.append(self.job(row, f"{recipe}, {word}", recipe, changes))
+        return jobs
+
+    def tuned(self, row: str, recipe: str) -> Job | None:
+        """The best of the grid with the ladder's seed; None before the grid is complete, or where nothing is better."""
+        tried = [(job, self.found(job)) for job in self.grid(row, recipe)]
+        if not tried or not all(result for _, result in tried):
+            return None
+        best = min(tried, key=lambda pair: loss_of(pair[1]))[0]
+        changes = tuple("seed=0" if change == "seed=1" else change for change in best.changes)
+        return None if best.label.endswith(" x 1") else self.job(row, best.label, recipe, changes)
+
+    def found(self, job: Job) -> dict[str, Any]:
+        """Its figures; empty when it was not run."""
+        path = self.output / job.path
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return content
+
+    def failed(self, job: Job) -> str:
+        """The last line of its error; empty when it did not fail."""
+        path = (self.output / job.path).with_suffix(".log")
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
+        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+    def run(self, job: Job) -> None:
+        """Make the run unless it is there; what it leaves is one JSON file, or its errors."""
+        path = self.output / job.path
+        if path.exists():
+            return
+        folder, log = path.with_suffix(""), path.with_suffix(".log")
+        print(f"{job.row} {job.label} ...", flush=True)
+        try:
+            with errors_to(log):
+                summary = run_recipe(job.recipe, [*job.places, *job.changes], folder)
+        except subprocess.CalledProcessError as error:
+            print(f"{job.row} {job.label}: exit {error.returncode}: {self.failed(job)}", flush=True)
+        else:
+            facts = {key: getattr(job, key) for key in ("row", "label", "recipe", "changes")}
+            content = facts | {"setting": asdict(job.setting), **kept_figures(summary, folder)}
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(content | {"environment": environment()}, indent=1) + "\n", encoding="utf-8")
+            partial.replace(path)
+            fresh(folder)  # ledgers of whole weights are gigabytes
+            log.unlink()
+            print(figure(f"{job.row} {job.label}", summary), flush=True)
+        self.write_page()
+
+    # -- the page -----------------------------------------------------------------------------------------------------
+
+    def write_page(self) -> None:
+        """The tables as Markdown and the figure beside them."""
+        where = HERE.parent / "docs" if self.args.model != "tiny" else self.output
+        path = self.args.page or where / "byte_ladder.md"
+        sections: list[str] = []
+        panels: list[str] = []
+        for row in self.owners:
+            rungs = Rungs.of(self, row)
+            if rungs.points:
+                sections += ["", f"## {row}", "", *rungs.lines()]
+                panels += [scatter(f"{row}: loss by bytes", rungs), curves(f"{row}: loss by rounds", rungs)]
+        facts = "; ".join(f"{key} {value}" for key, value in environment().items())
+        setting = ", ".join(f"{key} {value}" for key, value in asdict(self.setting).items())
+        text = METHOD.format(**asdict(self.setting)).strip()
+        seen = f"![Loss by bytes]({path.stem}.svg)" if panels else "Nothing was run in this setting yet."
+        lines = ["# The byte ladder", "", "Written by `make ladder`.", text, "", seen]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = "\n".join([*lines, *sections, "", f"Setting: {setting}.", "", f"<sub>{facts}</sub>"]) + "\n"
+        path.write_text(content, encoding="utf-8")
+        if panels:
+            path.with_suffix(".svg").write_text(sheet(panels), encoding="utf-8")
+
+
+@contextmanager
+def errors_to(path: Path) -> Iterator[None]:
+    """Standard error of this process and those it starts goes into a file."""
+    kept = os.dup(2)
+    try:
+        with open(path, "wb") as file:
+            os.dup2(file.fileno(), 2)
+            yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def kept_figures(summary: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What is kept of a run."""
+    from kilotune.engine.runfolder import RunFolder
+
+    events = RunFolder(folder).events()
+    content = {"before": summary["eval"]["before"], "after": summary["eval"]["after"]}
+    content |= {key: summary[key] for key in ("rounds", "clients", "seconds", "peak_rss_bytes", "digest")}
+    if summary["command"] == "federate":
+        part = mean(e["clients"] for e in events if e["event"] == "round") / summary["clients"]
+        up, down = (summary[f"payload_{way}_bytes_per_client_round"] for way in ("up", "down"))
+        content |= {"up": up, "down": down, "bytes": round((up + down) * summary["rounds"] * part)}
+    seen = {e["round"]: e["overall"]["loss"] for e in events if e["event"] == "evaluation" and "round" in e}
+    return {**content, "curve": sorted(seen.items())}
+
+
+def loss_of(result: dict[str, Any]) -> float:
+    """Held-out loss; infinite when the model is no longer finite."""
+    loss = result["after"]["loss"]
+    return inf if loss is None else float(loss)
+
+
+# -- what they come to ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Point:
+    """A protocol on the ladder."""
+
+    label: str
+    recipe: str
+    result: dict[str, Any]
+
+    @property
+    def bytes(self) -> int:
+        return int(self.result["bytes"])
+
+    @property
+    def loss(self) -> float:
+        return loss_of(self.result)
+
+    def below(self, other: "Point") -> bool:
+        """A lower loss for as many bytes or fewer, or the same loss for fewer."""
+        cheaper = self.bytes < other.bytes and self.loss <= other.loss
+        return cheaper or (self.bytes <= other.bytes and self.loss < other.loss)
+
+
+@dataclass(frozen=True)
+class Rungs:
+    """The ladder of one set of rows, by bytes."""
+
+    points: list[Point]
+    references: dict[str, tuple[float, float | None]]  # base, alone, centralised -> (loss, exact match)
+    errors: dict[str, str]
+    missing: list[str]
+    rounds: int
+
+    @classmethod
+    def of(cls, ladder: Ladder, row: str) -> "Rungs":
+        points: list[Point] = []
+        errors, missing = dict(ladder.broken), list[str]()
+        for name, changes in ladder.own.items():
+            for job in filter(None, [ladder.job(row, name, name, changes), ladder.tuned(row, name)]):
+                if result := ladder.found(job):
+                    points.append(Point(job.label, name, result))
+                elif why := ladder.failed(job):
+                    errors[job.label] = why
+                else:
+                    missing.append(job.label)
+        points.sort(key=lambda point: (point.bytes, point.loss))
+        return cls(points, references(ladder, row, points), errors, missing, ladder.setting.rounds)
+
+    @property
+    def cap(self) -> float:
+        """The highest loss that is drawn: what has diverged would squeeze all others."""
+        return 1.1 * self.references["base"][0]
+
+    @property
+    def frontier(self) -> list[Point]:
+        return [point for point in self.points if not any(other.below(point) for other in self.points)]
+
+    def verdicts(self) -> list[str]:
+        """Whether any other protocol beats ours at its bytes or fewer."""
+        told = []
+        for ours in (point for point in self.points if point.recipe == OURS):
+            rivals = [p for p in self.points if p.recipe != OURS and p.bytes <= ours.bytes]
+            better = [f"`{p.label}` (loss {p.loss:.3f} for {p.bytes:,} B)" for p in rivals if p.loss < ours.loss]
+            verdict = f"None of the {len(rivals)} protocols with as many bytes or fewer beats it."
+            if better:
+                verdict = f"Beaten at its bytes or fewer by {', '.join(better)}."
+            told.append(f"**`{ours.label}`**: loss {ours.loss:.3f} for {ours.bytes:,} B. {verdict}")
+        return told
+
+    def lines(self) -> list[str]:
+        """Markdown: the table, the verdicts, what failed and what was not run."""
+        columns = ["#", "protocol", "bytes per client", "up, a round", "down, a round", "rounds", "loss", "exact match"]
+        columns += ["peak memory (GiB)", "seconds"]
+        first = [
+            ["", name, *[""] * 4, f"{loss:.3f}", percent(exact), "", ""]
+            for name, (loss, exact) in self.references.items()
+        ]
+        rows = [[str(number), *self._cells(point)] for number, point in enumerate(self.points, start=1)]
+        notes = [f"- {text}" for text in self.verdicts()]
+        notes += [f"- `{label}` failed: {why}" for label, why in self.errors.items()]
+        notes += [f"- Not run: {', '.join(self.missing)}."] if self.missing else []
+        return [*markdown(columns, [*first, *rows]), "", *notes]
+
+    def _cells(self, point: Point) -> list[str]:
+        result, name = point.result, f"**{point.label}**" if point.recipe == OURS else point.label
+        cells = [name + (" \\*" if point in self.frontier else ""), f"{point.bytes:,}"]
+        cells += [f"{result['up']:,.0f}", f"{result['down']:,.0f}", str(result["rounds"])]
+        cells += [f"{point.loss:.3f}", percent(result["after"]["exact_match"])]
+        return [*cells, f"{result['peak_rss_bytes'] / 2**30:.2f}", f"{result['seconds']:.0f}"]
+
+
+def references(ladder: Ladder, row: str, points: list[Point]) -> dict[str, tuple[float, float | None]]:
+    """Base, and of the runs without a federation those that there are."""
+    *alone, centralised = map(ladder.found, ladder.references(row))
+    results = [result for result in (*alone, centralised, *(point.result for point in points)) if result]
+    if not results:
+        return {}
+    found = {"base": (results[0]["before"]["loss"], results[0]["before"]["exact_match"])}
+    if all(alone):
+        found["alone"] = (mean(map(loss_of, alone)), mean(result["after"]["exact_match"] for result in alone))
+    if centralised:
+        found["centralised"] = (loss_of(centralised), centralised["after"]["exact_match"])
+    return found
+
+
+def percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
+
+
+# -- the figure -------------------------------------------------------------------------------------------------------
+
+SIZE = 600, 330
+GAP = 11  # between numbers beside points
+STYLE = (
+    "text{font:12px system-ui,sans-serif;fill:#1d2125}.small{font-size:10px}.middle{text-anchor:middle}"
+    ".end{text-anchor:end}.grid{stroke:#dcdfda}line.across,polyline.across{stroke:#78807a;stroke-dasharray:5 4}"
+    "polyline{fill:none;stroke-width:2}circle{fill:#9aa39c}.c1{stroke:#1a5fa0}circle.c1{fill:#1a5fa0}.c2{stroke:#a8480a}"
+    "circle.c2{fill:#a8480a}text.c1,text.c2{stroke:none}text.c1{fill:#1a5fa0;font-weight:bold}text.c2{fill:#a8480a}"
+    ".faint{stroke:#c9cec9;stroke-width:1}.title{font-weight:bold}"
+)
+
+
+def scatter(title: str, rungs: Rungs) -> str:
+    """Loss against bytes (logarithmic); ours and the frontier by name, all others by their number in the table."""
+    from kilotune.engine._svg import Axis, tick_text, ticks
+
+    points, cap = rungs.points, rungs.cap
+    losses = [min(point.loss, cap) for point in points] + [loss for loss, _ in rungs.references.values()]
+    marks_y = ticks(min(losses), max(losses))
+    low, high = floor(log10(points[0].bytes)), ceil(log10(points[-1].bytes + 1))
+    marks_x = tuple(float(n) for n in range(low, high + 1))
+    x, y = Axis(marks_x, low, high, 48, SIZE[0] - 40), Axis(marks_y, marks_y[0], marks_y[-1], SIZE[1] - 40, 30)
+    told = tick_text(marks_y)
+    body = text(48, 16, title, "title") + text(x.end, SIZE[1] - 6, "bytes per client, up and down", "end")
+    for tick in marks_x:
+        body += line(x.at(tick), y.start, x.at(tick), y.end, "grid")
+        body += text(x.at(tick), y.start + 17, size(int(10**tick)), "middle")
+    for tick in marks_y:
+        body += line(x.start, y.at(tick), x.end, y.at(tick), "grid") + text(41, y.at(tick) + 4, told(tick), "end")
+    for name, (loss, _) in rungs.references.items():
+        body += line(x.start, y.at(loss), x.end, y.at(loss), "across")
+        body += text(x.start + 4, y.at(loss) - 3, name, "small")
+    places = [(x.at(log10(point.bytes)), y.at(min(point.loss, cap))) for point in points]
+    heights = apart(places)
+    for number, (point, (px, py), height) in enumerate(zip(points, places, heights, strict=True), start=1):
+        style = "c1" if point.recipe == OURS else "c2" if point in rungs.frontier else ""
+        hint = escape(f"{point.label}: loss {point.loss:.3f}, {point.bytes:,} B")
+        body += f'<circle class="{style}" cx="{px:.1f}" cy="{py:.1f}" r="4"><title>{hint}</title></circle>'
+        label, left = point.label if style else str(number), px > 0.75 * SIZE[0]
+        label += " ↑" if point.loss > cap else ""
+        body += text(px + (-7 if left else 7), height + 4, label, f"small {style} {'end' if left else ''}")
+    return f'<svg viewBox="0 0 {SIZE[0]} {SIZE[1]}">{body}</svg>'
+
+
+def apart(places: list[tuple[float, float]]) -> list[float]:
+    """Heights of labels: those of points that lie near each other are moved down until none covers another."""
+    heights: dict[int, float] = {}
+    for index in sorted(range(len(places)), key=lambda i: places[i][1]):
+        near = [height for i, height in heights.items() if abs(places[i][0] - places[index][0]) < 3 * GAP]
+        heights[index] = max([places[index][1], *(height + GAP for height in near)])
+    return [heights[index] for index in range(len(places))]
+
+
+def curves(title: str, rungs: Rungs) -> str:
+    """Loss against rounds, of all protocols in the rounds that most of them have; ours and the frontier by name."""
+    from kilotune.engine._svg import Series, line_chart
+
+    named = [*rungs.frontier, *(p for p in rungs.points if p.recipe == OURS and p not in rungs.frontier)]
+    series = []
+    for point in sorted(rungs.points, key=lambda p: p in named):  # the named ones above the others
+        style = "c1" if point.recipe == OURS else "c2" if point in named else "faint"
+        seen = [
+            (r, min(loss, rungs.cap)) for r, loss in point.result["curve"] if loss is not None and r <= rungs.rounds
+        ]
+        series.append(Series(point.label, seen, style))
+    for name, (loss, _) in rungs.references.items():
+        series.append(Series(name, [(0, loss), (rungs.rounds, loss)], "across"))
+    chart = line_chart(title, series, "round", lambda v: f"{v:.3f}", whole_x=True)
+    # Room above for a title of the same height as the one beside it.
+    return chart.replace('viewBox="0 0 480 264"', 'viewBox="0 -18 480 282"').replace(
+        "</svg>", text(48, -6, title, "title") + "</svg>"
+    )
+
+
+def sheet(panels: list[str]) -> str:
+    """All panels as one figure, two beside each other."""
+    width, height = SIZE
+    placed = "".join(
+        panel.replace(
+            "<svg ", f'<svg x="{index % 2 * width}" y="{index // 2 * height}" width="{width}" height="{height}" ', 1
+        )
+        for index, panel in enumerate(panels)
+    )
+    total = f"{2 * width} {ceil(len(panels) / 2) * height}"
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total}"><style>{STYLE}</style>'
+        f'<rect width="100%" height="100%" fill="#fff"/>{placed}</svg>\n'
+    )
+
+
+def size(amount: int) -> str:
+    """A power of ten in words: 1 B, 10 kB, 100 MB."""
+    unit = min((len(str(amount)) - 1) // 3, 4)
+    return f"{amount // 1000**unit} {('B', 'kB', 'MB', 'GB', 'TB')[unit]}"
+
+
+def text(x: float, y: float, content: str, style: str) -> str:
+    return f'<text class="{style.strip()}" x="{x:.1f}" y="{y:.1f}">{escape(content)}</text>'
+
+
+def line(x1: float, y1: float, x2: float, y2: float, style: str) -> str:
+    return f'<line class="{style}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+
+
+if __name__ == "__main__":
+    main()
