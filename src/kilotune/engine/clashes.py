@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from kilotune.engine.control import control_clashes
+from kilotune.engine.pace import pace_clashes
 from kilotune.engine.pairs import pair_clashes
 from kilotune.engine.recipe import FEDERATED_ONLY, Recipe
 from kilotune.engine.relaying import relay_clashes
@@ -31,6 +32,7 @@ def clashes(plan: "Plan") -> list[str]:
         *sharding_clashes(plan),
         *_straggler_clashes(plan),
         *control_clashes(plan),
+        *pace_clashes(plan),
         *streaming_clashes(plan),
     ]
 

@@ -64,7 +64,7 @@ class Federation:
         self._guard = Guard(plan, replica, self._state.guard)
         self.privacy = private_rounds(plan, ledger, folder, clients_measure=evaluate is None)
         self._roster = Roster(plan, replica.base.digest, ledger, exchange, self.tally, self.privacy, emit, shared)
-        self._pace = Pace()
+        self._pace = Pace(plan.recipe.adapt_steps and not shared)
         self._at_work = AtWork(exchange, 0 if shared else plan.recipe.staleness.max)
         self._book = Book(
             folder / "contributions", self.privacy.keeps(plan.recipe.keep_contributions), self._guard.enabled
@@ -190,7 +190,8 @@ class Federation:
         if isinstance(rule, SeedSum) and rule.selection == "amplitude":
             more = (pack_probabilities(probabilities(self._state.aggregation, self.plan.num_directions)),)
         body: Facts = {"round": number, "progress": progress, **({"probabilities": True} if more else {})}
-        return {c: self._roster.request("train", c, {**body, "group": group_of(c)}, more) for c in clients}
+        ask, work = self._roster.request, self._pace.asked
+        return {c: ask("train", c, {**body, **work(c, group_of(c))}, more) for c in clients}
 
     def _first(self, number: int, chosen: list[str], enough: int, requests: dict[str, Request]) -> dict[str, Request]:
         """Whose answers come first where nobody is slow: drawn, so that no name is preferred."""
@@ -232,7 +233,7 @@ class Federation:
                 self._roster.note(client, reply)
                 self._accepted(number, answer, reply.body)
                 if client in requests:  # with as much to do as the others
-                    self._pace.note(client, requests[client].body["group"], reply.body.get("seconds"))
+                    self._pace.note(client, requests[client].body, reply.body.get("seconds"))
                 enough -= client in requests or not requests
                 if enough == 0:
                     silent.clear()  # the rest are not needed, which is no fault of theirs

@@ -125,6 +125,9 @@ class Recipe(Section):
     keep_optimizer: bool = Field(False, description="keep the local optimizer's state between rounds")
     threads: int | None = Field(None, ge=1, description="CPU threads; default: all cores; never changes a result")
     min_clients: int = Field(1, ge=1, description="clients that must answer for a round to count")
+    adapt_steps: bool = Field(
+        False, description="slow clients take fewer local steps, as many as the median client of their group (deployed)"
+    )
     deadline_s: float = Field(600.0, gt=0, description="seconds a round waits for its clients (deployed)")
     shared_directions: bool = Field(
         False, description="all forward-only clients of a round probe the same directions, so that each has many votes"

@@ -38,6 +38,7 @@ from kilotune.engine.following import (
 from kilotune.engine.identity import HistoryError
 from kilotune.engine.ledger import MEMBERS_BYTES
 from kilotune.engine.memory import peak_rss
+from kilotune.engine.pace import lighter
 from kilotune.engine.privatesteps import private_steps
 from kilotune.engine.replica import Replica
 from kilotune.engine.secure.client import Vault
@@ -191,7 +192,7 @@ class Worker:
     def _compute(self, number: int, request: Request, probabilities: bytes | None) -> Answer:
         if self.replica.round != number - 1:
             raise WireError(f"asked to train round {number}, but the model stands at round {self.replica.round}.")
-        plan = self.replica.plan.for_group(int(request.body["group"]))
+        plan = lighter(self.replica.plan.for_group(int(request.body["group"])), request.body.get("share"))
         if self._private:
             self._private.charge(self.name, number, self.head, plan.recipe.local_steps)
         memory, codec_state = self._state.before(number)
@@ -219,8 +220,7 @@ class Worker:
         finally:
             trainable.rollback()
         memory.carry(plan.optimizer)
-        losses = {"loss_first": steps[0].loss, "loss": steps[-1].loss}
-        facts: dict[str, str | int | float] = {} if self._private else {**losses}
+        facts: Facts = {} if self._private else {"loss_first": steps[0].loss, "loss": steps[-1].loss}
         self._remember(number, memory, codec_state, (payload, facts))
         if self._private:
             self._private.settle()
