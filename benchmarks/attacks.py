@@ -35,10 +35,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import kilotune  # noqa: F401 - before torch, so that its arithmetic does not depend on the number of threads
+
+# isort: split
 import numpy as np
 import torch
 
-import kilotune  # noqa: F401 - before torch, so that its arithmetic does not depend on the number of threads
 from common import environment
 from kilotune.core.errors import KilotuneError
 from kilotune.core.rng import stream

@@ -6,7 +6,7 @@ import struct
 
 import numpy as np
 
-from kilotune.codec._frame import Shapes, check, in_name_order, numel, open_header, table_checksum
+from kilotune.codec._frame import Shapes, check, in_name_order, numels, open_header, table_checksum
 from kilotune.core.errors import WireError
 
 HEADER = struct.Struct("<4sBBIIQ")
@@ -36,6 +36,14 @@ def unpack(codec: str, raw: bytes, bits: int, count: int) -> np.ndarray:
         wide[:, 8 - bits :] = found[: size * bits].reshape(size, bits)
         out[start : start + size] = np.packbits(wide, axis=1)[:, 0]
     return out
+
+
+def rounded(levels: np.ndarray, values: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
+    """(n,) places in rising `levels` (two or more) for values between the first and the last: the nearest, the lower
+    one at a tie; with `rng` one of both neighbours so that the mean is the value."""
+    low = np.minimum(np.searchsorted(levels, values, side="right"), levels.size - 1) - 1
+    share = (values - levels[low]) / (levels[low + 1] - levels[low])
+    return np.asarray(low + (share > (0.5 if rng is None else rng.random(values.shape))))
 
 
 def num_bytes(count: int, bits: int) -> int:
@@ -68,7 +76,7 @@ class Frame:
         *same, table, count = open_header(self._codec, HEADER, self._magic, payload)
         for what, got in zip(self._same, same, strict=True):
             check(self._codec, what, got, self._same[what])
-        sizes = [numel(shape) for shape in shapes.values()]
+        sizes = numels(shapes)
         check(self._codec, "table checksum", table, table_checksum(in_name_order(shapes)))
         check(self._codec, "number count", count, sum(sizes))
         blocks = sum(num_blocks(size, self._same["block"]) for size in sizes)
@@ -89,8 +97,7 @@ class Frame:
 def spread(per_block: np.ndarray, shapes: Shapes, block: int) -> np.ndarray:
     """(n,) what each number's block has, tensors by name."""
     counts = []
-    for shape in in_name_order(shapes).values():
-        size = numel(shape)
+    for size in numels(shapes):
         width = block or max(size, 1)
         counts.append(np.minimum(width, size - np.arange(0, size, width)))
     return np.repeat(per_block, np.concatenate([np.zeros(0, np.int64), *counts]))

@@ -45,6 +45,11 @@ def numel(shape: tuple[int, ...]) -> int:
     return product
 
 
+def numels(shapes: Shapes) -> list[int]:
+    """Number of elements of each tensor, in the order in which tensors travel."""
+    return [numel(shape) for shape in in_name_order(shapes).values()]
+
+
 def open_header(codec: str, header: struct.Struct, magic: bytes, payload: bytes) -> tuple[Any, ...]:
     """The header's fields without the magic. Raises WireError when the payload is not of this codec."""
     if len(payload) < header.size:

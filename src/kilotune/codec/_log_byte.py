@@ -9,6 +9,8 @@ from decimal import Decimal
 
 import numpy as np
 
+from kilotune.codec._codes import rounded
+
 STEPS, MIDDLE, LARGEST = 8, 64, 127
 SIGN, NO_BYTE = 0x80, 0x80
 MAGNITUDES = np.array([0.0] + [float((Decimal(m - MIDDLE) / STEPS).exp()) for m in range(1, LARGEST + 1)])
@@ -19,11 +21,7 @@ def to_bytes(values: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
     """(n,) uint8 of (n,) float64: to the nearest, the smaller one at a tie; with `rng` to one of both neighbours so
     that the mean is the number. What is beyond the largest magnitude becomes it."""
     sizes = np.minimum(np.abs(values), MAGNITUDES[-1])
-    below = np.searchsorted(MAGNITUDES, sizes, side="right") - 1
-    above = np.minimum(below + 1, LARGEST)
-    gaps = MAGNITUDES[above] - MAGNITUDES[below]
-    shares = np.divide(sizes - MAGNITUDES[below], gaps, out=np.zeros_like(sizes), where=gaps > 0)
-    chosen = np.where(shares > (0.5 if rng is None else rng.random(sizes.shape)), above, below)
+    chosen = rounded(MAGNITUDES, sizes, rng)
     return np.where((chosen > 0) & (values < 0), chosen | SIGN, chosen).astype(np.uint8)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from kilotune.codec import _golomb as golomb
-from kilotune.codec._frame import Shapes, check, in_name_order, numel, open_header, table_checksum
+from kilotune.codec._frame import Shapes, check, in_name_order, numels, open_header, table_checksum
 from kilotune.codec._vector import largest
 from kilotune.core.errors import WireError
 
@@ -53,7 +53,7 @@ def read(codec: str, magic: bytes, shapes: Shapes, most: int, payload: bytes) ->
             f"{codec}: got {count} numbers in {len(payload)} bytes, expected at most {most} and {end} bytes or more. "
             "The payload is cut, altered or from another recipe."
         )
-    total = sum(map(numel, shapes.values()))
+    total = sum(numels(shapes))
     return golomb.decode(codec, payload[HEADER.size : end], b, count, total), end
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from kilotune.codec import Codec, TensorUpdate, Update, WireContext, WireError
-from kilotune.codec._frame import Shapes, check_finite, check_range, check_tensors, in_name_order, numel
+from kilotune.codec._frame import Shapes, check_finite, check_range, check_tensors, in_name_order, numels
 from kilotune.core.lazy import torch
 
 
@@ -14,25 +16,29 @@ def flatten(codec: str, update: Update, context: WireContext) -> np.ndarray:
     if not isinstance(update, TensorUpdate):
         raise TypeError(f"{codec} takes tensors, got pairs")
     check_tensors(codec, update.tensors, context.shapes)
-    out = np.empty(sum(numel(shape) for shape in context.shapes.values()), np.float32)
-    at = 0
-    for name in sorted(context.shapes):
+    out = np.empty(sum(numels(context.shapes)), np.float32)
+    for name, part in zip(sorted(context.shapes), by_tensor(out, context.shapes), strict=True):
         value = update.tensors[name].detach().cpu().float().reshape(-1).numpy()
         check_range(codec, name, value)
-        out[at : at + value.size] = value
-        at += value.size
+        part[:] = value
     return out
 
 
 def rebuild(codec: str, values: np.ndarray, shapes: Shapes) -> TensorUpdate:
     """Tensors by name over the memory of (n,) float32 values. Raises WireError when one is not finite."""
-    tensors, at = {}, 0
-    for name, shape in in_name_order(shapes).items():
-        part = values[at : at + numel(shape)]
+    tensors = {}
+    for (name, shape), part in zip(in_name_order(shapes).items(), by_tensor(values, shapes), strict=True):
         check_finite(codec, f"tensor {name!r}", part)
         tensors[name] = torch.from_numpy(part).reshape(shape)
-        at += part.size
     return TensorUpdate(tensors)
+
+
+def by_tensor(values: np.ndarray, shapes: Shapes) -> Iterator[np.ndarray]:
+    """The part of (n,) values that belongs to each tensor, by rising name; views."""
+    at = 0
+    for size in numels(shapes):
+        yield values[at : at + size]
+        at += size
 
 
 def largest(values: np.ndarray, count: int) -> np.ndarray:

@@ -16,8 +16,7 @@ from pydantic import Field
 
 from kilotune.codec import Codec, State, TensorUpdate, Update, WireContext, WireError
 from kilotune.codec._codes import Frame, spread
-from kilotune.codec._frame import in_name_order, numel
-from kilotune.codec._vector import flatten, rebuild
+from kilotune.codec._vector import by_tensor, flatten, rebuild
 
 MAGIC = b"GAU1"
 POSITIVE = {  # the other half is negative; six digits, so that every machine has the same bits
@@ -43,12 +42,10 @@ class Gaussian(Codec):
 
     def encode(self, update: Update, context: WireContext, state: State) -> bytes:
         """Keeps no state."""
-        vector, facts, codes, at = flatten("gaussian", update, context), [], [], 0
+        vector, facts, codes = flatten("gaussian", update, context), [], []
         levels = self._levels()
         thresholds = (levels[1:] + levels[:-1]) / 2
-        for shape in in_name_order(context.shapes).values():
-            part = vector[at : at + numel(shape)].astype(np.float64)
-            at += part.size
+        for part in (part.astype(np.float64) for part in by_tensor(vector, context.shapes)):
             if not part.size:
                 continue
             mean, deviation = part.mean(), part.std()

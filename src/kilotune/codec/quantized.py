@@ -19,9 +19,8 @@ from pydantic import Field, model_validator
 
 from kilotune.codec import Codec, State, TensorUpdate, Update, WireContext, WireError
 from kilotune.codec._blocks import block_peaks
-from kilotune.codec._codes import Frame, spread
-from kilotune.codec._frame import in_name_order, numel
-from kilotune.codec._vector import flatten, rebuild
+from kilotune.codec._codes import Frame, rounded, spread
+from kilotune.codec._vector import by_tensor, flatten, rebuild
 from kilotune.core.rng import stream
 
 MAGIC = b"QNT1"
@@ -68,11 +67,9 @@ class Quantized(Codec):
 
     def encode(self, update: Update, context: WireContext, state: State) -> bytes:
         """Stochastic rounding draws from the sender's private generator; the server's, from a public one."""
-        vector, scales, codes, at = flatten("quantized", update, context), [], [], 0
+        vector, scales, codes = flatten("quantized", update, context), [], []
         rng = context.rng or stream(context.root, "quantized", context.round)
-        for shape in in_name_order(context.shapes).values():
-            part = vector[at : at + numel(shape)].astype(np.float64)
-            at += part.size
+        for part in (part.astype(np.float64) for part in by_tensor(vector, context.shapes)):
             scale = self._scale(part)
             ratio = np.divide(part, np.repeat(scale, self.block)[: part.size], out=part, where=part != 0)
             scales.append(scale)
@@ -89,10 +86,7 @@ class Quantized(Codec):
         levels, size = self._levels(), np.abs(ratio)
         if levels.size == 1:
             return (rng.random(ratio.size) < (1 - ratio) / 2).astype(np.uint8)
-        low = np.minimum(np.searchsorted(levels, size, side="right"), levels.size - 1) - 1
-        share = (size - levels[low]) / (levels[low + 1] - levels[low])
-        up = share > (rng.random(ratio.size) if self.rounding == "stochastic" else 0.5)
-        level = low + up
+        level = rounded(levels, size, rng if self.rounding == "stochastic" else None)
         return (level + np.where((ratio < 0) & (level > 0), levels.size, 0)).astype(np.uint8)
 
     def decode(self, payload: bytes, context: WireContext) -> TensorUpdate:

@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from kilotune.codec import Codec, State, TensorUpdate, Update, WireContext, _sparse
-from kilotune.codec._frame import check, in_name_order, numel, open_header, table_checksum
+from kilotune.codec._frame import check, in_name_order, numels, open_header, table_checksum
 from kilotune.codec._vector import flatten, largest, nested, opened, plain, rebuild
 from kilotune.codec.dense import Dense
 from kilotune.core.nested import Nested
@@ -52,7 +52,7 @@ class RandomK(Codec):
 
     def places(self, context: WireContext) -> np.ndarray:
         """(k,) rising places of this round."""
-        total = sum(numel(shape) for shape in context.shapes.values())
+        total = sum(numels(context.shapes))
         law = noise("uniform", context.root, context.round, "randomk", 0, total)
         return largest(law, _sparse.num_kept(self.density, total))
 
@@ -66,7 +66,7 @@ class RandomK(Codec):
         """Fresh float32 tensors in name order."""
         (table,) = open_header("randomk", HEADER, MAGIC, payload)
         check("randomk", "table checksum", table, table_checksum(in_name_order(context.shapes)))
-        total = sum(numel(shape) for shape in context.shapes.values())
+        total = sum(numels(context.shapes))
         count = _sparse.num_kept(self.density, total)
         sent = opened("randomk", self.values, payload[HEADER.size :], count, context)
         if self.unbiased:

@@ -18,8 +18,7 @@ from pydantic import Field
 
 from kilotune.codec import Codec, State, TensorUpdate, Update, WireContext, WireError
 from kilotune.codec._codes import Frame, spread
-from kilotune.codec._frame import in_name_order, numel
-from kilotune.codec._vector import flatten, rebuild
+from kilotune.codec._vector import by_tensor, flatten, rebuild
 
 MAGIC = b"SGN1"
 
@@ -36,10 +35,8 @@ class Sign(Codec):
 
     def encode(self, update: Update, context: WireContext, state: State) -> bytes:
         """Keeps no state."""
-        vector, scales, codes, at = flatten("sign", update, context), [], [], 0
-        for shape in in_name_order(context.shapes).values():
-            part = vector[at : at + numel(shape)]
-            at += part.size
+        vector, scales, codes = flatten("sign", update, context), [], []
+        for part in by_tensor(vector, context.shapes):
             scales.append(self._scales(part.astype(np.float64)))
             codes.append((part < 0).astype(np.uint8))
         return self._frame.write(context.shapes, scales, codes)

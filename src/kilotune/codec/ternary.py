@@ -18,7 +18,7 @@ from pydantic import Field
 
 from kilotune.codec import Codec, State, TensorUpdate, Update, WireContext, WireError, _sparse
 from kilotune.codec._codes import pack, unpack
-from kilotune.codec._frame import check, in_name_order, numel
+from kilotune.codec._frame import check, numels
 from kilotune.codec._vector import flatten, rebuild
 
 MAGIC = b"TRN1"
@@ -53,7 +53,7 @@ class Ternary(Codec):
     def encode(self, update: Update, context: WireContext, state: State) -> bytes:
         """Keeps no state."""
         vector = flatten("ternary", update, context)
-        sizes = [numel(shape) for shape in in_name_order(context.shapes).values()]
+        sizes = numels(context.shapes)
         places = _sparse.chosen(vector, self.density, self.scope, sizes)
         scales, start = [], 0
         for size in self._parts(sizes):
@@ -68,7 +68,7 @@ class Ternary(Codec):
 
     def decode(self, payload: bytes, context: WireContext) -> TensorUpdate:
         """Fresh float32 tensors in name order."""
-        sizes = [numel(shape) for shape in in_name_order(context.shapes).values()]
+        sizes = numels(context.shapes)
         most = _sparse.most_kept(self.density, self.scope, sizes)
         places, end = _sparse.read("ternary", MAGIC, context.shapes, most, payload)
         parts, middle = self._parts(sizes), end + -(-places.size // 8)

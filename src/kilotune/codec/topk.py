@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from kilotune.codec import Codec, State, TensorUpdate, Update, WireContext, _sparse
-from kilotune.codec._frame import in_name_order, numel
+from kilotune.codec._frame import numels
 from kilotune.codec._vector import flatten, nested, opened, plain, rebuild
 from kilotune.codec.dense import Dense
 from kilotune.core.nested import Nested
@@ -48,13 +48,13 @@ class TopK(Codec):
     def encode(self, update: Update, context: WireContext, state: State) -> bytes:
         """Keeps no state."""
         vector = flatten("topk", update, context)
-        sizes = [numel(shape) for shape in in_name_order(context.shapes).values()]
+        sizes = numels(context.shapes)
         places = _sparse.chosen(vector, self.density, self.scope, sizes)
         return _sparse.write(MAGIC, context.shapes, places) + nested("topk", self.values, vector[places], context)
 
     def decode(self, payload: bytes, context: WireContext) -> TensorUpdate:
         """Fresh float32 tensors in name order."""
-        sizes = [numel(shape) for shape in context.shapes.values()]
+        sizes = numels(context.shapes)
         most = _sparse.most_kept(self.density, self.scope, sizes)
         places, end = _sparse.read("topk", MAGIC, context.shapes, most, payload)
         sent = opened("topk", self.values, payload[end:], places.size, context)

@@ -57,8 +57,7 @@ def prescribed(plan: "Plan", trainable: "Trainable", number: int) -> np.ndarray:
 def probes(plan: "Plan", trainable: "Trainable", number: int, sender: int) -> np.ndarray:
     """(steps,) int64: the directions of all steps that a sender may take in a round, for an uplink whose payloads are
     bound to their senders."""
-    steps = max([plan.recipe.local_steps, *(group.local_steps or 0 for group in plan.recipe.clients)])
-    return _drawn(plan, trainable, number, _public_name(sender), steps)
+    return _drawn(plan, trainable, number, _public_name(sender), plan.recipe.most_local_steps)
 
 
 def _drawn(plan: "Plan", trainable: "Trainable", number: int, client: str, steps: int) -> np.ndarray:

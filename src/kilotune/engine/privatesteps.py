@@ -24,7 +24,7 @@ class PrivateSteps:
         self._privacy, self._num = cast(Privacy, plan.privacy), num_examples
         self._accountant = Accountant(path, self._privacy.delta, self._privacy.epsilon)
         self._batch = min(plan.recipe.batch_size, num_examples)
-        self._steps = max([plan.recipe.local_steps, *(group.local_steps or 0 for group in plan.recipe.clients)])
+        self._steps = plan.recipe.most_local_steps
         release = Release(num_examples, self._batch, 1.0, replaces=True)
         self._release = with_noise(release, self._accountant, self._privacy, (plan.recipe.rounds or 1) * self._steps)
 

@@ -158,6 +158,11 @@ class Recipe(Section):
     schedule: Spec | None = None
     privacy: Spec | None = None
 
+    @property
+    def most_local_steps(self) -> int:
+        """Local steps of the clients that take most."""
+        return max([self.local_steps, *(group.local_steps or 0 for group in self.clients)])
+
 
 SECTIONS: dict[str, type[Section]] = {
     "data": DataSection,

@@ -16,6 +16,7 @@ from pydantic import Field
 from kilotune.core.lazy import no_grad, torch
 from kilotune.optimizer import Optimizer, State
 from kilotune.optimizer._betas import Betas
+from kilotune.optimizer._memory import zeros_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,9 +36,7 @@ class AdamW(Optimizer):
 
     def init(self, param: Tensor) -> State:
         """`m` and `v` like the parameter in float32 (float64 for float64), `step` () int64."""
-        dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
-        zeros = [torch.zeros_like(param, dtype=dtype, requires_grad=False) for _ in range(2)]
-        return {"m": zeros[0], "v": zeros[1], "step": torch.zeros((), dtype=torch.int64)}
+        return {"m": zeros_for(param), "v": zeros_for(param), "step": torch.zeros((), dtype=torch.int64)}
 
     @no_grad
     def update(self, gradient: Tensor, state: State, param: Tensor, lr: float) -> Tensor:

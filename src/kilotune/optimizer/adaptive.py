@@ -17,7 +17,7 @@ from pydantic import Field
 from kilotune.core.lazy import no_grad, torch
 from kilotune.optimizer import Optimizer, State
 from kilotune.optimizer._betas import Betas
-from kilotune.optimizer.sgd import working_dtype
+from kilotune.optimizer._memory import zeros_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +37,7 @@ class Adaptive(Optimizer):
 
     def init(self, param: Tensor) -> State:
         """`m` zeros and `v` tau², like the parameter in float32 (float64 for float64)."""
-        zeros = torch.zeros_like(param, dtype=working_dtype(param), requires_grad=False)
+        zeros = zeros_for(param)
         return {"m": zeros, "v": torch.full_like(zeros, self.tau**2)}
 
     @no_grad

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from kilotune.core.lazy import no_grad, torch
 from kilotune.optimizer import Optimizer, State
-from kilotune.optimizer.sgd import working_dtype
+from kilotune.optimizer._memory import zeros_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +42,7 @@ class CO2(Optimizer):
 
     def init(self, param: Tensor) -> State:
         """`momentum` and `waiting` zeros like the parameter; `moved`, `total` and `steps` () float64."""
-        zeros = torch.zeros_like(param, dtype=working_dtype(param), requires_grad=False)
+        zeros = zeros_for(param)
         lengths = {key: torch.zeros((), dtype=torch.float64) for key in ("moved", "total", "steps")}
         return {"momentum": zeros, "waiting": zeros.clone(), **lengths}
 

@@ -18,8 +18,8 @@ from pydantic import Field
 
 from kilotune.core.lazy import no_grad, torch
 from kilotune.optimizer import Optimizer, State
+from kilotune.optimizer._memory import zeros_for
 from kilotune.optimizer.scaffold import OWN
-from kilotune.optimizer.sgd import working_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +39,7 @@ class ControlledAveraging(Optimizer):
         return 1
 
     def init(self, param: Tensor) -> State:
-        return {OWN: torch.zeros_like(param, dtype=working_dtype(param), requires_grad=False)}
+        return {OWN: zeros_for(param)}
 
     @no_grad
     def update(self, gradient: Tensor, state: State, param: Tensor, lr: float) -> Tensor:

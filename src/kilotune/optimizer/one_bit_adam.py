@@ -20,7 +20,7 @@ from pydantic import Field
 from kilotune.core.lazy import no_grad, torch
 from kilotune.optimizer import Optimizer, State
 from kilotune.optimizer._betas import Betas
-from kilotune.optimizer.sgd import working_dtype
+from kilotune.optimizer._memory import working_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,8 +13,8 @@ from pydantic import Field
 
 from kilotune.core.lazy import no_grad, torch
 from kilotune.optimizer import State
+from kilotune.optimizer._memory import working_dtype
 from kilotune.optimizer._wrapped import Wrapped
-from kilotune.optimizer.sgd import working_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -21,8 +21,8 @@ from pydantic import Field
 
 from kilotune.core.lazy import no_grad, torch
 from kilotune.optimizer import State
+from kilotune.optimizer._memory import zeros_for
 from kilotune.optimizer._wrapped import INNER, Wrapped
-from kilotune.optimizer.sgd import working_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +49,7 @@ class Scaffold(Wrapped):
 
     def init(self, param: Tensor) -> State:
         """The rule's state, and no control yet."""
-        zeros = torch.zeros_like(param, dtype=working_dtype(param), requires_grad=False)
+        zeros = zeros_for(param)
         state = {**self.inner_init(param), OWN: zeros}
         return state | ({AVERAGE: zeros.clone()} if self.beta < 1 else {})
 

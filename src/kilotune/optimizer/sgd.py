@@ -13,16 +13,12 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
-from kilotune.core.lazy import no_grad, torch
+from kilotune.core.lazy import no_grad
 from kilotune.optimizer import Optimizer, State
+from kilotune.optimizer._memory import working_dtype, zeros_for
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-def working_dtype(param: Tensor) -> torch.dtype:
-    """float32 for every parameter type but float64."""
-    return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
 class SGD(Optimizer):
@@ -47,7 +43,7 @@ class SGD(Optimizer):
         """`momentum`, zeros like the parameter, or nothing."""
         if self.momentum == 0:
             return {}
-        return {"momentum": torch.zeros_like(param, dtype=working_dtype(param), requires_grad=False)}
+        return {"momentum": zeros_for(param)}
 
     @no_grad
     def update(self, gradient: Tensor, state: State, param: Tensor, lr: float) -> Tensor:

@@ -51,10 +51,8 @@ def limits_of(plan: "Plan", shapes: Mapping[str, tuple[int, ...]], clients: int)
     up = max(_bound(p.uplink, numel, p.recipe.local_steps) for p in plans)
     if plan.recipe.secure_aggregation.enabled:
         up = vector_bytes(plan, numel)
-    steps = max(p.recipe.local_steps for p in plans)
-    pairs = plan.num_directions or steps * clients  # of a round's sum: no direction twice
-    if "apart" in plan.downlink.traits:
-        pairs = steps * clients
+    summed = plan.num_directions if "apart" not in plan.downlink.traits else 0  # no direction twice
+    pairs = summed or plan.recipe.most_local_steps * clients
     part = MEMBERS_BYTES + _bound(plan.downlink, numbers_down(plan, numel, clients * rank(plan)), pairs)
     rounds = max(4 * (plan.recipe.rounds or 0), ROUNDS_AT_LEAST)
     extra = 2 * plan.num_directions  # probabilities
