@@ -16,6 +16,7 @@ from kilotune.engine.worker import pairs
 from kilotune.estimator import Objective
 from kilotune.estimator.backprop import Backprop
 from kilotune.estimator.zeroth_order import ZerothOrder
+from kilotune.optimizer.adamw import AdamW
 from kilotune.optimizer.sgd import SGD
 from kilotune.parametrization.full import Full
 from kilotune.parametrization.subspace import Subspace
@@ -191,3 +192,20 @@ def test_backprop_never_holds_two_gradients_of_the_model():
     Backprop().estimate(BatchObjective(model, [batch]), trainable, stream(0), {}, sink)
     assert len(held) == len(trainable.sources())
     assert max(held) <= 1  # the tied head's share may wait in .grad for the embedding's
+
+
+@pytest.mark.parametrize("rule", [SGD(lr=1e-3, weight_decay=0.1), SGD(lr=1e-3, momentum=0.5), AdamW(lr=1e-3)])
+def test_steps_do_not_depend_on_the_parts_a_slope_comes_in(rule, monkeypatch):
+    """Kills: parts at the wrong place; a rule with memory that takes each part for a tensor of its own."""
+    ends = []
+    for block in (1 << 20, 100):
+        monkeypatch.setattr("kilotune.parametrization._direct.BLOCK", block)
+        trainable, memory = Full().attach(tiny_llama(1), basis=None, seed=0), Memory.empty()
+        for step in range(2):
+            objective = BatchObjective(trainable.model, [tiny_batch(step)])
+            train_step(trainable, ZerothOrder(), rule, objective, memory, 1.0, stream(0, "z", step))
+        ends.append({name: value.clone() for name, value in trainable.wire.items()})
+    whole, parts = ends
+    assert any(value.numel() > 100 and value.numel() % 100 for value in whole.values())
+    assert all(torch.equal(parts[name], value) for name, value in whole.items())
+    assert not any(torch.equal(whole[name], param.data) for name, param in tiny_llama(1).named_parameters())

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from kilotune.core.registry import find, names
 from kilotune.optimizer import Optimizer
+from kilotune.optimizer.sgd import SGD
 
 
 def build(name: str) -> Optimizer:
@@ -86,3 +87,14 @@ def test_the_numbers_kept_beside_a_parameter_are_as_promised(name: str) -> None:
     state = optimizer.init(param)
     optimizer.begin(param, state, {}, 2)
     assert sum(value.numel() == 7 for value in state.values()) == optimizer.copies
+
+
+@pytest.mark.parametrize("rule", [one for one in (SGD(), *map(build, names("optimizer"))) if one.by_parts])
+def test_a_rule_that_takes_parts_changes_each_as_in_the_whole(rule: Optimizer) -> None:
+    """Kills: a rule that says it goes by parts, but remembers, or looks at the whole tensor."""
+    param, gradient = draw(0, 3, 5), draw(1, 3, 5)
+    assert rule.init(param) == {}
+    whole = rule.update(gradient, {}, param, 0.1).view(-1)
+    flat, pulls = param.view(-1), gradient.view(-1)
+    parts = [rule.update(pulls[a : a + 4], {}, flat[a : a + 4], 0.1) for a in range(0, 15, 4)]
+    assert torch.equal(torch.cat(parts), whole)

@@ -17,13 +17,20 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 import numpy as np
 
 from kilotune.core.int8 import Int8
-from kilotune.core.types import SeedUpdate, TensorUpdate
+from kilotune.core.types import SeedUpdate, State, TensorUpdate
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-Sink: TypeAlias = "Callable[[str, Tensor], None]"
-"""Takes (wire tensor name, its gradient); the gradient may be freed as soon as the call returns."""
+
+class Sink(Protocol):
+    """Takes the gradient of a wire tensor, which may be freed or written over as soon as the call returns.
+
+    One that is a formula comes in parts instead, so that it never exists whole: each flat, from number `start` of the
+    tensor on, one after the other.
+    """
+
+    def __call__(self, name: str, gradient: Tensor, start: int = 0, /) -> None: ...
 
 
 Round: TypeAlias = "tuple[Iterable[tuple[str, Tensor]], int]"
@@ -113,8 +120,8 @@ class Trainable(ABC):
         """Push slope · z, the gradient estimate along one direction."""
 
     @abstractmethod
-    def move(self, name: str, delta: Tensor) -> None:
-        """Add delta to a wire tensor and let the model follow."""
+    def move(self, name: str, delta: Tensor, start: int = 0) -> None:
+        """Add delta to a wire tensor, or to its numbers from `start` on, and let the model follow."""
 
     @abstractmethod
     def begin(self, root: int, forward_only: bool = False) -> None:
@@ -124,9 +131,21 @@ class Trainable(ABC):
         of the weights is needed where changes can be seen through an overlay instead.
         """
 
+    def take_up(self, kept: State) -> None:  # noqa: B027 - most methods share all they train
+        """From here to `rollback`, train tensors of one client's own beside the shared ones: from what `own` gave in
+        its last round, or from their start where that is empty. They are wire tensors, but part of no update."""
+
+    def own(self) -> State:
+        """A copy of the client's own tensors as they are; none by default."""
+        return {}
+
     @abstractmethod
     def update(self) -> TensorUpdate:
         """The change of the wire tensors since `begin`."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the tensors that `update` gives and `apply` takes: the wire tensors, unless something is made of them."""
+        return {name: tuple(value.shape) for name, value in self.wire.items()}
 
     @abstractmethod
     def rollback(self) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from kilotune.core.trainable import Trainable
@@ -133,15 +134,25 @@ def train_step(
 ) -> StepReport:
     """One optimizer step; `factor` multiplies the learning rate."""
     used = 0.0
+    gathered: State = {}
 
-    def sink(name: str, gradient: Tensor) -> None:
+    def sink(name: str, gradient: Tensor, start: int = 0) -> None:
         nonlocal used
+        param = trainable.wire[name]
         if name not in memory.optimizer:
-            memory.optimizer[name] = optimizer.init(trainable.wire[name])
+            memory.optimizer[name] = optimizer.init(param)
+        end = start + gradient.numel()
+        if gradient.numel() < param.numel():  # one part of several
+            if optimizer.by_parts:
+                param = param.view(-1)[start:end]
+            else:
+                gathered.setdefault(name, torch.empty_like(param)).view(-1)[start:end] = gradient
+                if end < param.numel():
+                    return
+                gradient, start = gathered.pop(name), 0
         lr = _lr(optimizer, estimator, memory.estimator) * factor
         used = lr
-        delta = optimizer.update(gradient, memory.optimizer[name], trainable.wire[name], lr)
-        trainable.move(name, delta)
+        trainable.move(name, optimizer.update(gradient, memory.optimizer[name], param, lr), start)
 
     _lr(optimizer, estimator, memory.estimator)  # lets the estimator know that its rate will be asked for
     estimate = estimator.estimate(objective, trainable, rng, memory.estimator, sink)

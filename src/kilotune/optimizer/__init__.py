@@ -31,6 +31,11 @@ class Optimizer(Method):
     )
 
     @property
+    def by_parts(self) -> bool:
+        """Whether `update` of a part of a tensor is that part of the tensor's update, without any state."""
+        return False
+
+    @property
     def copies(self) -> int:
         """Numbers it holds beside every parameter while a round is trained."""
         return 0

@@ -35,6 +35,11 @@ class SGD(Optimizer):
         return self
 
     @property
+    def by_parts(self) -> bool:
+        """Without momentum every number goes its own way."""
+        return self.momentum == 0
+
+    @property
     def copies(self) -> int:
         """The momentum, where there is one."""
         return int(self.momentum > 0)

@@ -12,7 +12,7 @@ from kilotune.core.lazy import torch
 from kilotune.core.noise import stream_key
 from kilotune.core.trainable import Direction, Sink, Trainable
 from kilotune.core.types import TensorUpdate
-from kilotune.parametrization._overlay import Fill, Overlay
+from kilotune.parametrization._overlay import BLOCK, Fill, Overlay
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -72,13 +72,31 @@ class DirectTrainable(Trainable):
     def slope(self, direction: Direction, slope: float, sink: Sink) -> None:
         from kilotune.core import kernels
 
+        room = torch.empty(BLOCK)
         for name, value in self.wire.items():
-            gradient = torch.zeros_like(value)
-            kernels.tiled_add(_flat(gradient), _flat(gradient), [self._signs(direction, name, slope)])
-            sink(name, gradient)
+            signs = self._signs(direction, name, slope)
+            for start in range(0, value.numel(), BLOCK):
+                part = room[: min(BLOCK, value.numel() - start)].zero_()
+                kernels.tiled_add(part.numpy(), part.numpy(), [signs], start)
+                if len(part) == value.numel():
+                    sink(name, part.view(value.shape))
+                else:
+                    sink(name, part, start)
 
-    def move(self, name: str, delta: Tensor) -> None:
-        self.wire[name].add_(delta)
+    def probe(self, direction: Direction, epsilon: float) -> dict[str, Tensor]:
+        """epsilon · z for every wire tensor, whole."""
+        found = {name: torch.empty_like(value) for name, value in self.wire.items()}
+
+        def put(name: str, part: Tensor, start: int = 0, /) -> None:
+            found[name].view(-1)[start : start + part.numel()] = part.view(-1)
+
+        self.slope(direction, epsilon, put)
+        return found
+
+    def move(self, name: str, delta: Tensor, start: int = 0) -> None:
+        value = self.wire[name]
+        part = value if delta.shape == value.shape else value.view(-1)[start : start + delta.numel()]
+        part.add_(delta)
 
     def begin(self, root: int, forward_only: bool = False) -> None:
         for name, value in self.wire.items():

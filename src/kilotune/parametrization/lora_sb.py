@@ -64,7 +64,7 @@ class LoraSbTrainable(DirectTrainable):
             yield
             return
         moved: dict[str, Tensor] = {}
-        self.slope(direction, epsilon, moved.__setitem__)
+        self.slope(direction, epsilon, lambda name, z, _=0: moved.update({name: z.clone()}))
         kept = {b: product.data for b, product in self.products.items()}
         try:
             for name, b in self._sources.items():
@@ -77,8 +77,8 @@ class LoraSbTrainable(DirectTrainable):
     def both(self, direction: Direction, epsilon: float, parts: Sequence[Callable[[], Tensor]]) -> tuple[float, float]:
         return Trainable.both(self, direction, epsilon, parts)
 
-    def move(self, name: str, delta: Tensor) -> None:
-        super().move(name, delta)
+    def move(self, name: str, delta: Tensor, start: int = 0) -> None:
+        super().move(name, delta, start)
         self._follow(name)
 
     def rollback(self) -> None:

@@ -106,7 +106,8 @@ class SubspaceTrainable(Trainable):
     def slope(self, direction: Direction, slope: float, sink: Sink) -> None:
         sink(WIRE, self.basis.direction(direction.index).mul_(slope))
 
-    def move(self, name: str, delta: Tensor) -> None:
+    def move(self, name: str, delta: Tensor, start: int = 0) -> None:
+        assert len(delta) == len(self.wire[name]), "subspace: coordinates move all at once"
         self.wire[name].add_(delta)
         if self._unwritten:
             return
