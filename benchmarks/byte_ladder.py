@@ -20,21 +20,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import cache
-from html import escape
-from math import ceil, floor, inf, log10
+from math import ceil
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from common import environment, figure, fresh, run_recipe
 from kilotune.core.errors import KilotuneError
+from ladder_figure import curves, scatter, sheet
+from ladder_page import Point, Rungs, loss_of
 
 if TYPE_CHECKING:
     from kilotune.engine.compose import Plan
-from results import table as markdown
 
 HERE = Path(__file__).parent
-OURS = "kilotune"
 REFERENCES = "references"
 PASSES = 3  # a step with backprop: one pass forward, and one back that costs two
 
@@ -54,7 +53,7 @@ Every federated recipe on the same rows and the same clients, with the same loca
 - **References.** *alone*: LoRA (`local_lora`) on one client's rows, as many steps; mean over the clients.
   *centralised*: LoRA on all rows, as many steps, each with as many rows as all clients have in theirs. All runs are
   measured on the same held-out rows.
-- **Frontier (\*).** No other protocol has a lower loss for as many bytes or fewer.
+- **Frontier (\\*).** No other protocol has a lower loss for as many bytes or fewer.
 - **Rows.** `clinc150`: the first clients of the file, one domain each, no label shared; `ni`: the first clients of
   ni_core, one task each, measured on the tasks of ni_unseen; `banking77_dirichlet_*`: clients drawn by Dirichlet over
   the intents.
@@ -121,12 +120,12 @@ def main() -> None:
     parser.add_argument("--tuned", action="store_true", help="also with the best rate of --grid")
     parser.add_argument("--grid", type=float, nargs="+", default=[0.3, 1.0, 3.0], help="factors of a recipe's rate")
     parser.add_argument("--model", choices=("tiny", "smollm2-135m"), default="smollm2-135m")
-    parser.add_argument("--clients", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--clients", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--local-steps", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--limit", type=int, default=48, help="held-out rows, spread evenly over the clients")
-    parser.add_argument("--every", type=int, help="rounds between evaluations; default: a third of --rounds")
+    parser.add_argument("--limit", type=int, default=24, help="held-out rows, spread evenly over the clients")
+    parser.add_argument("--every", type=int, help="rounds between evaluations; default: half of --rounds")
     parser.add_argument("--output", type=Path, default=Path("runs/ladder"))
     parser.add_argument("--page", type=Path, help="default: docs/byte_ladder.md; with the tiny model in --output")
     args = parser.parse_args()
@@ -243,7 +242,7 @@ class Ladder:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.output, self.base = args, args.output, args.model
-        args.every = args.every or max(1, args.rounds // 3)
+        args.every = args.every or max(1, args.rounds // 2)
         self.setting = Setting(**{field.name: getattr(args, field.name) for field in fields(Setting)})
         if args.model == "tiny":
             from federation import save_tiny
@@ -361,7 +360,7 @@ class Ladder:
         sections: list[str] = []
         panels: list[str] = []
         for row in self.owners:
-            rungs = Rungs.of(self, row)
+            rungs = self.rungs(row)
             if rungs.points:
                 sections += ["", f"## {row}", "", *rungs.lines()]
                 panels += [scatter(f"{row}: loss by bytes", rungs), curves(f"{row}: loss by rounds", rungs)]
@@ -375,6 +374,34 @@ class Ladder:
         path.write_text(content, encoding="utf-8")
         if panels:
             path.with_suffix(".svg").write_text(sheet(panels), encoding="utf-8")
+
+    def rungs(self, row: str) -> Rungs:
+        """What there is of one set of rows."""
+        points: list[Point] = []
+        errors, missing = dict(self.broken), list[str]()
+        for name, changes in self.own.items():
+            for job in filter(None, [self.job(row, name, name, changes), self.tuned(row, name)]):
+                if result := self.found(job):
+                    points.append(Point(job.label, name, result))
+                elif why := self.failed(job):
+                    errors[job.label] = why
+                else:
+                    missing.append(job.label)
+        points.sort(key=lambda point: (point.bytes, point.loss))
+        return Rungs(points, self._lines_across(row, points), errors, missing, self.setting.rounds)
+
+    def _lines_across(self, row: str, points: list[Point]) -> dict[str, tuple[float, float | None]]:
+        """Loss and exact match of the base, and of those runs without a federation that there are."""
+        *alone, centralised = map(self.found, self.references(row))
+        results = [result for result in (*alone, centralised, *(point.result for point in points)) if result]
+        if not results:
+            return {}
+        found = {"base": (results[0]["before"]["loss"], results[0]["before"]["exact_match"])}
+        if all(alone):
+            found["alone"] = (mean(map(loss_of, alone)), mean(result["after"]["exact_match"] for result in alone))
+        if centralised:
+            found["centralised"] = (loss_of(centralised), centralised["after"]["exact_match"])
+        return found
 
 
 @contextmanager
@@ -403,228 +430,6 @@ def kept_figures(summary: dict[str, Any], folder: Path) -> dict[str, Any]:
         content |= {"up": up, "down": down, "bytes": round((up + down) * summary["rounds"] * part)}
     seen = {e["round"]: e["overall"]["loss"] for e in events if e["event"] == "evaluation" and "round" in e}
     return {**content, "curve": sorted(seen.items())}
-
-
-def loss_of(result: dict[str, Any]) -> float:
-    """Held-out loss; infinite when the model is no longer finite."""
-    loss = result["after"]["loss"]
-    return inf if loss is None else float(loss)
-
-
-# -- what they come to ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Point:
-    """A protocol on the ladder."""
-
-    label: str
-    recipe: str
-    result: dict[str, Any]
-
-    @property
-    def bytes(self) -> int:
-        return int(self.result["bytes"])
-
-    @property
-    def loss(self) -> float:
-        return loss_of(self.result)
-
-    def below(self, other: "Point") -> bool:
-        """A lower loss for as many bytes or fewer, or the same loss for fewer."""
-        cheaper = self.bytes < other.bytes and self.loss <= other.loss
-        return cheaper or (self.bytes <= other.bytes and self.loss < other.loss)
-
-
-@dataclass(frozen=True)
-class Rungs:
-    """The ladder of one set of rows, by bytes."""
-
-    points: list[Point]
-    references: dict[str, tuple[float, float | None]]  # base, alone, centralised -> (loss, exact match)
-    errors: dict[str, str]
-    missing: list[str]
-    rounds: int
-
-    @classmethod
-    def of(cls, ladder: Ladder, row: str) -> "Rungs":
-        points: list[Point] = []
-        errors, missing = dict(ladder.broken), list[str]()
-        for name, changes in ladder.own.items():
-            for job in filter(None, [ladder.job(row, name, name, changes), ladder.tuned(row, name)]):
-                if result := ladder.found(job):
-                    points.append(Point(job.label, name, result))
-                elif why := ladder.failed(job):
-                    errors[job.label] = why
-                else:
-                    missing.append(job.label)
-        points.sort(key=lambda point: (point.bytes, point.loss))
-        return cls(points, references(ladder, row, points), errors, missing, ladder.setting.rounds)
-
-    @property
-    def cap(self) -> float:
-        """The highest loss that is drawn: what has diverged would squeeze all others."""
-        return 1.1 * self.references["base"][0]
-
-    @property
-    def frontier(self) -> list[Point]:
-        return [point for point in self.points if not any(other.below(point) for other in self.points)]
-
-    def verdicts(self) -> list[str]:
-        """Whether any other protocol beats ours at its bytes or fewer."""
-        told = []
-        for ours in (point for point in self.points if point.recipe == OURS):
-            rivals = [p for p in self.points if p.recipe != OURS and p.bytes <= ours.bytes]
-            better = [f"`{p.label}` (loss {p.loss:.3f} for {p.bytes:,} B)" for p in rivals if p.loss < ours.loss]
-            verdict = f"None of the {len(rivals)} protocols with as many bytes or fewer beats it."
-            if better:
-                verdict = f"Beaten at its bytes or fewer by {', '.join(better)}."
-            told.append(f"**`{ours.label}`**: loss {ours.loss:.3f} for {ours.bytes:,} B. {verdict}")
-        return told
-
-    def lines(self) -> list[str]:
-        """Markdown: the table, the verdicts, what failed and what was not run."""
-        columns = ["#", "protocol", "bytes per client", "up, a round", "down, a round", "rounds", "loss", "exact match"]
-        columns += ["peak memory (GiB)", "seconds"]
-        first = [
-            ["", name, *[""] * 4, f"{loss:.3f}", percent(exact), "", ""]
-            for name, (loss, exact) in self.references.items()
-        ]
-        rows = [[str(number), *self._cells(point)] for number, point in enumerate(self.points, start=1)]
-        notes = [f"- {text}" for text in self.verdicts()]
-        notes += [f"- `{label}` failed: {why}" for label, why in self.errors.items()]
-        notes += [f"- Not run: {', '.join(self.missing)}."] if self.missing else []
-        return [*markdown(columns, [*first, *rows]), "", *notes]
-
-    def _cells(self, point: Point) -> list[str]:
-        result, name = point.result, f"**{point.label}**" if point.recipe == OURS else point.label
-        cells = [name + (" \\*" if point in self.frontier else ""), f"{point.bytes:,}"]
-        cells += [f"{result['up']:,.0f}", f"{result['down']:,.0f}", str(result["rounds"])]
-        cells += [f"{point.loss:.3f}", percent(result["after"]["exact_match"])]
-        return [*cells, f"{result['peak_rss_bytes'] / 2**30:.2f}", f"{result['seconds']:.0f}"]
-
-
-def references(ladder: Ladder, row: str, points: list[Point]) -> dict[str, tuple[float, float | None]]:
-    """Base, and of the runs without a federation those that there are."""
-    *alone, centralised = map(ladder.found, ladder.references(row))
-    results = [result for result in (*alone, centralised, *(point.result for point in points)) if result]
-    if not results:
-        return {}
-    found = {"base": (results[0]["before"]["loss"], results[0]["before"]["exact_match"])}
-    if all(alone):
-        found["alone"] = (mean(map(loss_of, alone)), mean(result["after"]["exact_match"] for result in alone))
-    if centralised:
-        found["centralised"] = (loss_of(centralised), centralised["after"]["exact_match"])
-    return found
-
-
-def percent(share: float | None) -> str:
-    return "" if share is None else f"{share:.1%}"
-
-
-# -- the figure -------------------------------------------------------------------------------------------------------
-
-SIZE = 600, 330
-GAP = 11  # between numbers beside points
-STYLE = (
-    "text{font:12px system-ui,sans-serif;fill:#1d2125}.small{font-size:10px}.middle{text-anchor:middle}"
-    ".end{text-anchor:end}.grid{stroke:#dcdfda}line.across,polyline.across{stroke:#78807a;stroke-dasharray:5 4}"
-    "polyline{fill:none;stroke-width:2}circle{fill:#9aa39c}.c1{stroke:#1a5fa0}circle.c1{fill:#1a5fa0}.c2{stroke:#a8480a}"
-    "circle.c2{fill:#a8480a}text.c1,text.c2{stroke:none}text.c1{fill:#1a5fa0;font-weight:bold}text.c2{fill:#a8480a}"
-    ".faint{stroke:#c9cec9;stroke-width:1}.title{font-weight:bold}"
-)
-
-
-def scatter(title: str, rungs: Rungs) -> str:
-    """Loss against bytes (logarithmic); ours and the frontier by name, all others by their number in the table."""
-    from kilotune.engine._svg import Axis, tick_text, ticks
-
-    points, cap = rungs.points, rungs.cap
-    losses = [min(point.loss, cap) for point in points] + [loss for loss, _ in rungs.references.values()]
-    marks_y = ticks(min(losses), max(losses))
-    low, high = floor(log10(points[0].bytes)), ceil(log10(points[-1].bytes + 1))
-    marks_x = tuple(float(n) for n in range(low, high + 1))
-    x, y = Axis(marks_x, low, high, 48, SIZE[0] - 40), Axis(marks_y, marks_y[0], marks_y[-1], SIZE[1] - 40, 30)
-    told = tick_text(marks_y)
-    body = text(48, 16, title, "title") + text(x.end, SIZE[1] - 6, "bytes per client, up and down", "end")
-    for tick in marks_x:
-        body += line(x.at(tick), y.start, x.at(tick), y.end, "grid")
-        body += text(x.at(tick), y.start + 17, size(int(10**tick)), "middle")
-    for tick in marks_y:
-        body += line(x.start, y.at(tick), x.end, y.at(tick), "grid") + text(41, y.at(tick) + 4, told(tick), "end")
-    for name, (loss, _) in rungs.references.items():
-        body += line(x.start, y.at(loss), x.end, y.at(loss), "across")
-        body += text(x.start + 4, y.at(loss) - 3, name, "small")
-    places = [(x.at(log10(point.bytes)), y.at(min(point.loss, cap))) for point in points]
-    heights = apart(places)
-    for number, (point, (px, py), height) in enumerate(zip(points, places, heights, strict=True), start=1):
-        style = "c1" if point.recipe == OURS else "c2" if point in rungs.frontier else ""
-        hint = escape(f"{point.label}: loss {point.loss:.3f}, {point.bytes:,} B")
-        body += f'<circle class="{style}" cx="{px:.1f}" cy="{py:.1f}" r="4"><title>{hint}</title></circle>'
-        label, left = point.label if style else str(number), px > 0.75 * SIZE[0]
-        label += " ↑" if point.loss > cap else ""
-        body += text(px + (-7 if left else 7), height + 4, label, f"small {style} {'end' if left else ''}")
-    return f'<svg viewBox="0 0 {SIZE[0]} {SIZE[1]}">{body}</svg>'
-
-
-def apart(places: list[tuple[float, float]]) -> list[float]:
-    """Heights of labels: those of points that lie near each other are moved down until none covers another."""
-    heights: dict[int, float] = {}
-    for index in sorted(range(len(places)), key=lambda i: places[i][1]):
-        near = [height for i, height in heights.items() if abs(places[i][0] - places[index][0]) < 3 * GAP]
-        heights[index] = max([places[index][1], *(height + GAP for height in near)])
-    return [heights[index] for index in range(len(places))]
-
-
-def curves(title: str, rungs: Rungs) -> str:
-    """Loss against rounds, of all protocols in the rounds that most of them have; ours and the frontier by name."""
-    from kilotune.engine._svg import Series, line_chart
-
-    named = [*rungs.frontier, *(p for p in rungs.points if p.recipe == OURS and p not in rungs.frontier)]
-    series = []
-    for point in sorted(rungs.points, key=lambda p: p in named):  # the named ones above the others
-        style = "c1" if point.recipe == OURS else "c2" if point in named else "faint"
-        seen = [
-            (r, min(loss, rungs.cap)) for r, loss in point.result["curve"] if loss is not None and r <= rungs.rounds
-        ]
-        series.append(Series(point.label, seen, style))
-    for name, (loss, _) in rungs.references.items():
-        series.append(Series(name, [(0, loss), (rungs.rounds, loss)], "across"))
-    chart = line_chart(title, series, "round", lambda v: f"{v:.3f}", whole_x=True)
-    # Room above for a title of the same height as the one beside it.
-    return chart.replace('viewBox="0 0 480 264"', 'viewBox="0 -18 480 282"').replace(
-        "</svg>", text(48, -6, title, "title") + "</svg>"
-    )
-
-
-def sheet(panels: list[str]) -> str:
-    """All panels as one figure, two beside each other."""
-    width, height = SIZE
-    placed = "".join(
-        panel.replace(
-            "<svg ", f'<svg x="{index % 2 * width}" y="{index // 2 * height}" width="{width}" height="{height}" ', 1
-        )
-        for index, panel in enumerate(panels)
-    )
-    total = f"{2 * width} {ceil(len(panels) / 2) * height}"
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total}"><style>{STYLE}</style>'
-        f'<rect width="100%" height="100%" fill="#fff"/>{placed}</svg>\n'
-    )
-
-
-def size(amount: int) -> str:
-    """A power of ten in words: 1 B, 10 kB, 100 MB."""
-    unit = min((len(str(amount)) - 1) // 3, 4)
-    return f"{amount // 1000**unit} {('B', 'kB', 'MB', 'GB', 'TB')[unit]}"
-
-
-def text(x: float, y: float, content: str, style: str) -> str:
-    return f'<text class="{style.strip()}" x="{x:.1f}" y="{y:.1f}">{escape(content)}</text>'
-
-
-def line(x1: float, y1: float, x2: float, y2: float, style: str) -> str:
-    return f'<line class="{style}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
 
 
 if __name__ == "__main__":
