@@ -36,7 +36,7 @@ from kilotune.engine.models import Base, load_base
 from kilotune.engine.step import BatchObjective, Memory, train_step
 from kilotune.engine.tokenize import Example, encode
 
-PAIRS, LONG_PAIRS, MEZO_PAIRS = 8, 4, 2
+PAIRS, LONG_PAIRS, MEZO_PAIRS = 6, 3, 2
 SPEED, SPACE, FASTER = 1.15, 1.1, 2.0
 EPSILON = 1e-3
 STEPS_BACK = 100

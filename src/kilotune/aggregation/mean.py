@@ -28,11 +28,10 @@ class Running(Gathering):
 
     def add_weighted(self, update: Update, share: float) -> None:
         tensors = cast(TensorUpdate, update).tensors
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
         if not self._shares:
-            self._shapes = shapes
-            self._sums = {name: ExactSum(shape.numel()) for name, shape in sorted(shapes.items())}
-        elif shapes != self._shapes:
+            self._shapes = {name: tensor.shape for name, tensor in sorted(tensors.items())}
+            self._sums = {name: ExactSum(shape.numel()) for name, shape in self._shapes.items()}
+        elif tensors.keys() != self._shapes.keys() or any(tensors[n].shape != s for n, s in self._shapes.items()):
             raise ValueError("mean: the clients' updates differ in names or shapes, expected equal tables.")
         for name, sums in self._sums.items():
             sums.add(tensors[name].detach().cpu().float().numpy().reshape(-1), share)

@@ -14,17 +14,20 @@ Dequantize = Callable[[np.ndarray, np.ndarray, int, int, np.ndarray], bool]
 def dequantize(numbers: np.ndarray, steps: np.ndarray, block: int, limit: int, out: np.ndarray) -> bool:
     """out = number · step of its block, exact in float64 and rounded once to float32.
 
-    False when a number is beyond the limit or a product is not finite.
+    False when a step is negative or no number, a number is beyond the limit or a product is not finite.
     """
-    wrong = 0
+    good = True
     for b in range(steps.size):
-        step, first = steps[b], b * block
-        for i in range(min(block, numbers.size - first)):
-            number = np.float64(numbers[first + i])
+        step = steps[b]
+        good &= step >= 0
+        # Slices: an index into the whole could be negative for all the compiler knows, and numbers would go one by one.
+        part, made = numbers[b * block : (b + 1) * block], out[b * block : (b + 1) * block]
+        for i in range(part.size):
+            number = np.float64(part[i])
             product = number * step
-            wrong += (0 if abs(number) <= limit else 1) + (0 if abs(product) <= LARGEST else 1)
-            out[first + i] = product
-    return bool(wrong == 0)
+            good &= (abs(number) <= limit) & (abs(product) <= LARGEST)
+            made[i] = product
+    return bool(good)
 
 
 @cache

@@ -102,7 +102,7 @@ class Coefficients(Codec):
 
     def _dequantize(self, number: np.ndarray, scale: np.ndarray, exponent: int) -> np.ndarray | None:
         """(n,) float32. The product is exact in float64 and rounded once, so every machine gets the same bits. None
-        when a number is beyond its range or a product is not finite: the payload is hostile."""
+        when a step or a number is beyond its range or a product is not finite: the payload is hostile."""
         values = np.empty(number.size, np.float32)
         steps = scale.astype(np.float64) * 2.0 ** min(max(exponent, -1000), 1000)  # far beyond float32 at both ends
         if self.dtype == "fp16":  # which the compiler does not know
@@ -122,14 +122,12 @@ class Coefficients(Codec):
         check("coefficients", "length", len(payload), size)
         scales = np.frombuffer(payload, "<f2", num_blocks, HEADER.size)
         numbers = np.frombuffer(payload, WIRE[self.dtype], total, HEADER.size + 2 * num_blocks)
-        if scales.size and not scales.min() >= 0:  # NaN is not either
-            raise WireError("coefficients: got a step that is negative or no number. The payload is altered.")
         tensors, at, first = {}, 0, 0
         for (name, shape), step_count in zip(shapes.items(), blocks, strict=True):
             part, steps = numbers[at : at + numel(shape)], scales[first : first + step_count]
             values = self._dequantize(part, steps, exponent)
             if values is None:
-                raise WireError(f"coefficients: got numbers out of range in tensor {name!r}. The payload is altered.")
+                raise WireError(f"coefficients: got steps or numbers out of range in tensor {name!r}: it is altered.")
             tensors[name] = torch.from_numpy(values.reshape(shape))
             at, first = at + part.size, first + step_count
         return TensorUpdate(tensors)
