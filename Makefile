@@ -38,9 +38,8 @@ $(PEERS)/.ready: constraints.txt  # the trainers ours is compared with, in an en
 bench: $(READY) $(PEERS)/.ready  ## speed and memory: benchmarks/results.md and the README's table
 	$(BIN)/python benchmarks/results.py --data $(SHARED) --peers $(PEERS)/bin/python
 
-quality: $(READY)  ## what is learnt for which bytes: the README's comparison and docs/protocols.md
+quality: $(READY)  ## households together, alone and centralised: the README's comparison
 	$(BIN)/python benchmarks/households.py --output runs/households
-	$(BIN)/python benchmarks/protocols.py --data $(SHARED)/clinc150.jsonl.gz --tuned --output runs/protocols
 
 ladder: $(READY)  ## every federated recipe on the same rows, by bytes: docs/byte_ladder.md; goes on where it stopped
 	$(BIN)/python benchmarks/byte_ladder.py --data $(SHARED) --output runs/ladder

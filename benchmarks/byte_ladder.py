@@ -179,6 +179,8 @@ def same_compute(recipe: str, setting: Setting, changes: tuple[str, ...]) -> tup
             group["local_steps"] = forward_steps(follower, setting, rounds)
         elif "local_steps" in group:
             group["local_steps"] = steps
+        if "batch_size" in group:
+            group["batch_size"] = setting.batch_size
     sets += ["clients=" + json.dumps(groups)] if groups else []
     compose(recipe, "federate", sets)
     return tuple(sets)
@@ -354,14 +356,16 @@ class Ladder:
     # -- the page -----------------------------------------------------------------------------------------------------
 
     def write_page(self) -> None:
-        """The tables as Markdown and the figure beside them."""
+        """The tables as Markdown, the figure and the bare figures of docs/papers.md beside them."""
         where = HERE.parent / "docs" if self.args.model != "tiny" else self.output
         path = self.args.page or where / "byte_ladder.md"
         sections: list[str] = []
         panels: list[str] = []
+        figures: dict[str, dict[str, dict[str, Any]]] = {}
         for row in self.owners:
             rungs = self.rungs(row)
             if rungs.points:
+                figures[row] = rungs.figures()
                 sections += ["", f"## {row}", "", *rungs.lines()]
                 panels += [scatter(f"{row}: loss by bytes", rungs), curves(f"{row}: loss by rounds", rungs)]
         facts = "; ".join(f"{key} {value}" for key, value in environment().items())
@@ -374,6 +378,7 @@ class Ladder:
         path.write_text(content, encoding="utf-8")
         if panels:
             path.with_suffix(".svg").write_text(sheet(panels), encoding="utf-8")
+        path.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
     def rungs(self, row: str) -> Rungs:
         """What there is of one set of rows."""

@@ -68,12 +68,19 @@ class Rungs:
             told.append(f"**`{ours.label}`**: loss {ours.loss:.3f} for {ours.bytes:,} B. {verdict}")
         return told
 
+    def figures(self) -> dict[str, dict[str, Any]]:
+        """Bytes and loss by protocol, and the base's loss."""
+        base = {"base": {"loss": self.references["base"][0]}}
+        return base | {
+            point.label: {"bytes": point.bytes, "loss": point.result["after"]["loss"]} for point in self.points
+        }
+
     def lines(self) -> list[str]:
         """Markdown: the table, the verdicts, what failed and what was not run."""
         columns = ["#", "protocol", "bytes per client", "up, a round", "down, a round", "rounds", "loss", "exact match"]
-        columns += ["peak memory (GiB)", "seconds"]
+        columns += ["peak memory (GiB)"]
         first = [
-            ["", name, *[""] * 4, f"{loss:.3f}", percent(exact), "", ""]
+            ["", name, *[""] * 4, f"{loss:.3f}", percent(exact), ""]
             for name, (loss, exact) in self.references.items()
         ]
         rows = [[str(number), *self._cells(point)] for number, point in enumerate(self.points, start=1)]
@@ -87,7 +94,7 @@ class Rungs:
         cells = [name + (" \\*" if point in self.frontier else ""), f"{point.bytes:,}"]
         cells += [f"{result['up']:,.0f}", f"{result['down']:,.0f}", str(result["rounds"])]
         cells += [f"{point.loss:.3f}", percent(result["after"]["exact_match"])]
-        return [*cells, f"{result['peak_rss_bytes'] / 2**30:.2f}", f"{result['seconds']:.0f}"]
+        return [*cells, f"{result['peak_rss_bytes'] / 2**30:.2f}"]
 
 
 def percent(share: float | None) -> str:

@@ -11,6 +11,7 @@ from kilotune.engine.models import load_base
 from kilotune.engine.replica import Replica
 from kilotune.engine.session import encode_rows, evaluator, header, split_rows
 from kilotune.engine.worker import Worker
+from tiny import save_tiny
 
 CLIENTS = ("ada", "bob", "cyd")
 WORDS = ("on", "off", "up", "down", "hot", "cold")
@@ -52,6 +53,10 @@ def content(base: Path, data: Path, recipe: str = "kilotune", *assignments: str)
         small.append("basis.size=64")
     if "sharding" in raw:
         small.append("sharding.slices=2")  # the tiny model has two layers
+    if "split" in raw:
+        small += ["split.lower=0", "parametrization.tail=1", "split.shortcut_steps=2"]  # ditto
+    if "emulator" in raw:
+        small += [f"base={deeper(base)}", "emulator.left=1", "emulator.right=5", "emulator.drop=0.5"]
     if "partition" in raw:
         small.append("partition=null")  # the rows' own three clients
     if "rounds" in raw:
@@ -59,6 +64,12 @@ def content(base: Path, data: Path, recipe: str = "kilotune", *assignments: str)
     else:
         small += ["steps=4"] + (["local_steps=2"] if "basis" in raw else [])
     return override(raw, [*small, *assignments])
+
+
+def deeper(base: Path) -> Path:
+    """The tiny model with six layers, beside it."""
+    folder = base.parent / "deeper"
+    return folder if folder.exists() else save_tiny(folder, num_hidden_layers=6)
 
 
 def plan(base: Path, data: Path, recipe: str = "kilotune", *assignments: str) -> Plan:
@@ -70,11 +81,13 @@ def quiet(event: dict) -> None:
     """An `emit` for runs nobody watches."""
 
 
-def independent(name: str, recipe: Plan, base: Path, folder: Path, checkpoint: Path | None = None) -> Worker:
+def independent(
+    name: str, recipe: Plan, base: Path, folder: Path, checkpoint: Path | None = None, whole: bool = True
+) -> Worker:
     """A client as a process of its own would be: own base, own replica, keeps what it receives."""
-    loaded = load_base(str(base), writable=True)
+    loaded = load_base(str(base), writable=whole)
     rows = split_rows(recipe, alone=False).clients[name]
-    replica = Replica(loaded, recipe)
+    replica = Replica(loaded, recipe, whole)
     examples = encode_rows(recipe, loaded, rows, name, quiet)
     genesis = header(recipe, loaded).hash
     return Worker(

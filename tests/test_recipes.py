@@ -49,7 +49,8 @@ def test_a_federated_recipe_runs_two_rounds_with_the_bytes_predicted(base, data,
     for way in ("up", "down"):
         key = f"payload_{way}_bytes_per_client_round"
         codec = recipe.uplink if way == "up" else recipe.downlink
-        if name == "ferret" or not codec.exact:  # what travels follows the change, so the prediction is a bound
+        # What travels follows the change, the lengths of rows or the arms, so the prediction is a bound.
+        if name == "ferret" or not codec.exact or recipe.recipe.split.enabled or recipe.recipe.arms.ranks:
             assert 0.05 * predicted[key] < summary[key] <= predicted[key], key
         else:  # two pairs of slack: six draws from 64 directions meet more or less often
             assert summary[key] == pytest.approx(predicted[key], abs=0.05 * predicted[key] + 12), key

@@ -80,6 +80,7 @@ def test_fed_sb_runs_under_client_level_privacy(base, data, tmp_path):
         ("flora", ["clients=[{share: 0.5, rank: 9}]"], "got 9, expected at most parametrization.rank = 8"),
         ("fed_sb", ["clients=[{share: 0.5, rank: 4}]"], "'lora_sb' has one rank for all"),
         ("fedavg_lora", ["clients=[{share: 0.5, rank: 4}]"], "'peft' has one rank for all"),
+        ("fed_sb", ["parametrization.start=gradient"], "Use start: weight, or `kilotune tune`"),
         ("local_unlearning", ["parametrization.freeze=[lora_A]"], "method: lora} without"),
         ("fed_sb", ["uplink={name: seed_scalar}"], "Use parametrization: subspace, or uplink: dense"),
         (

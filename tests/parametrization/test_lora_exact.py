@@ -113,6 +113,26 @@ def test_the_gradient_of_r_is_the_projection_of_the_weights_gradient():
     assert len(got) == 14
 
 
+def test_a_start_from_rows_is_the_best_approximation_of_the_first_full_step():
+    """Kills: a gradient of one part only, or of the factors; a step of another size or sign; vectors cut wrongly."""
+    method = LoraSb(rank=8, start="gradient", first_step=0.01)
+    trainable, full = attached(method), tiny_llama()
+    fuse(trainable.model)
+    batches = [tiny_batch(1), tiny_batch(2)]
+    method.prepare(trainable, BatchObjective(trainable.model, batches).parts(), seed=3)
+    sum(part() for part in BatchObjective(full.requires_grad_(True), batches).parts()).backward()
+    found = parts(trainable)
+    assert len(found) == 14
+    for path, (b, r, a) in found.items():
+        step = -0.01 * full.get_parameter(f"{path}.weight").grad.sign().double()
+        for factor in (b.T, a):
+            torch.testing.assert_close(factor @ factor.T, torch.eye(8), atol=1e-5, rtol=0)
+        left = float((b.double() @ r.double() @ a.double() - step).norm())
+        assert left == pytest.approx(float(torch.linalg.svdvals(step)[8:].norm()), rel=1e-3)
+    assert all(not p.requires_grad for name, p in trainable.model.named_parameters() if "base_layer" in name)
+    assert all(np.abs(change).max() > 1e-3 for change in changes(trainable).values())  # and the model follows
+
+
 def test_the_mean_of_r_is_the_mean_of_the_changes():
     """Kills: B R that does not follow R when a round is applied."""
     clients, there = [trained(SB, 1), trained(SB, 2)], attached(SB)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, cast
 import numpy as np
 
 from kilotune.aggregation import Aggregation, State, TensorUpdate, Update
-from kilotune.core.factors import factor_pairs
+from kilotune.core.factors import component_axes, factor_pairs, resized, used_rank
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,6 +46,16 @@ class FactorRule(Aggregation):
             pair = self.pair([(client[b].double(), client[a].double()) for client in ordered], weights[order])
             tensors[b], tensors[a] = (factor.float().contiguous() for factor in pair)
         return TensorUpdate(dict(sorted(tensors.items())))
+
+
+def trimmed(clients: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The clients' pairs without the components that are zero at their end."""
+    axes = component_axes(clients[0])
+    ranks = [used_rank(client) for client in clients]
+    return [
+        {name: resized(tensor, axes[name], rank) for name, tensor in client.items()}
+        for client, rank in zip(clients, ranks, strict=True)
+    ]
 
 
 def _digest(tensors: dict[str, Tensor]) -> bytes:

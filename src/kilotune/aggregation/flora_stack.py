@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from kilotune.aggregation._factors import FactorRule
-from kilotune.core.factors import component_axes, resized, used_rank
+from kilotune.aggregation._factors import FactorRule, trimmed
 from kilotune.core.lazy import torch
 
 if TYPE_CHECKING:
@@ -30,12 +29,7 @@ class FloraStack(FactorRule):
     gives: ClassVar[frozenset[str]] = frozenset({"rank_sum"})
 
     def prepared(self, clients: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-        axes = component_axes(clients[0])
-        ranks = [used_rank(client) for client in clients]
-        return [
-            {name: resized(tensor, axes[name], rank) for name, tensor in client.items()}
-            for client, rank in zip(clients, ranks, strict=True)
-        ]
+        return trimmed(clients)
 
     def pair(self, clients: Sequence[Pair], weights: np.ndarray) -> Pair:
         rows = [float(weight) * a for weight, (_, a) in zip(weights, clients, strict=True)]

@@ -169,6 +169,8 @@ class Display:
         for key, name in (("exact_match", "exact match"), ("rouge_l", "ROUGE-L")):
             if figures.get(key) is not None:
                 readings.append(f"{name} {100 * figures[key]:.0f} %")
+        if (emulator := (event.get("emulator") or {}).get("loss")) is not None:
+            readings.append(f"the clients' emulator {emulator:.3f}")
         where = f"{unit} {number}" if number else "before training"
         self._activity, self._within = "", None
         self._line(f"{where}: {', '.join(readings) or 'nothing to measure on'}", "bold")

@@ -85,6 +85,8 @@ def _print_prediction(title: str, result: dict[str, Any]) -> None:
     if "secure_seconds_per_round" in result:
         rows.append(["secure aggregation, time per round", human_seconds(result["secure_seconds_per_round"])])
     rows.append(["peak memory", human_bytes(result["peak_rss_bytes"])])
+    if "client_peak_rss_bytes" in result:
+        rows.append(["of a client of its own", human_bytes(result["client_peak_rss_bytes"])])
     if result["seconds_per_step"] is not None:
         rows += [
             ["time per step", human_seconds(result["seconds_per_step"])],
@@ -122,18 +124,19 @@ def _print_proposals(result: dict[str, Any]) -> None:
 
 def methods(
     kind: Annotated[str | None, typer.Option(metavar="KIND", help="Only this kind.")] = None,
-    papers: Annotated[bool, typer.Option("--papers", help="Print docs/papers.md.")] = False,
+    papers: Annotated[bool, typer.Option("--papers", help="Print docs/papers.md (in a checkout of kilotune).")] = False,
     format: Format = "text",
 ) -> None:
     """List every method, its kind and its paper."""
     with patiently("methods"):
         from kilotune.core.errors import RecipeError
         from kilotune.core.registry import KINDS, nearest
-        from kilotune.engine.catalogue import catalogue, papers_page
+        from kilotune.engine.catalogue import catalogue
+        from kilotune.engine.papers import papers_page
 
         if kind is not None and kind not in KINDS:
             raise RecipeError(f"--kind: got {kind!r}, expected one of {', '.join(KINDS)}.{nearest(kind, list(KINDS))}")
-        page = papers_page() if papers else ""
+        page = papers_page(Path()) if papers else ""
         found = [] if papers else [entry for entry in catalogue() if kind in (None, entry["kind"])]
     if papers:
         typer.echo(page, nl=False)

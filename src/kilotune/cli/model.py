@@ -9,6 +9,10 @@ from kilotune.cli.common import Format, Template, loading, number, percent, say,
 
 Target = Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="Run folder, exported folder, seed file or base.")]
 Base = Annotated[str | None, typer.Option("--base", help="Base model, when the one named by the run is elsewhere.")]
+Personal = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="A client's folder, RUN/clients/NAME or its own: with what it alone has trained."),
+]
 Folder = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.")]
 
 
@@ -26,6 +30,7 @@ def evaluate(
     max_length: Annotated[int, typer.Option(min=8, help="Tokens per row; longer rows are cut.")] = 512,
     template: Annotated[Template | None, typer.Option(help="Layout as text; default: the run's, else chat.")] = None,
     base: Base = None,
+    personal: Personal = None,
     format: Format = "text",
 ) -> None:
     """Measure loss, perplexity, exact match and ROUGE-L, overall and per client."""
@@ -34,7 +39,7 @@ def evaluate(
     with Display(None, "row") as emit:
         with loading(emit, target):
             from kilotune.engine.measure import measure
-        result = measure(target, data, split, limit, max_new_tokens, max_length, template, base, emit)
+        result = measure(target, data, split, limit, max_new_tokens, max_length, template, base, emit, personal)
 
     def text() -> None:
         rows = [["all", *_figures(result["overall"])]]
@@ -153,19 +158,20 @@ def export(
     output: Folder,
     to: Annotated[Literal["hf", "peft"], typer.Option("--to", help="hf: whole model; peft: adapter folder.")] = "hf",
     base: Base = None,
+    personal: Personal = None,
     format: Format = "text",
 ) -> None:
     """Write a run's result for other tools."""
-    _export(target, output, to, base, format)
+    _export(target, output, to, base, format, personal)
 
 
-def _export(target: str, output: Path, to: str, base: str | None, format: str) -> None:
+def _export(target: str, output: Path, to: str, base: str | None, format: str, personal: Path | None = None) -> None:
     from kilotune.cli.display import Display
 
     with Display(None, "") as emit:
         with loading(emit, target):
             from kilotune.engine.measure import export as write
-        result = write(target, output, to, base, emit)
+        result = write(target, output, to, base, emit, personal)
     show(
         result,
         format,

@@ -192,6 +192,10 @@ def _outcome(summary: dict[str, Any], output: Path) -> None:
             ["rows", before.get("num_examples"), after["num_examples"]],
         ],
     )
+    if emulator := summary.get("eval_emulator"):
+        losses = [number((emulator.get(when) or {}).get("loss")) for when in ("before", "after")]
+        held = f"{summary['emulator']['held']} of {summary['emulator']['layers']} blocks"
+        say(f"the clients' emulator ({held}): loss {losses[0]} before, {losses[1]} after")
     if summary["command"] == "federate":
         up, down = summary["payload_up_bytes_per_client_round"], summary["payload_down_bytes_per_client_round"]
         say(f"payload per client and round: {human_bytes(up)} up, {human_bytes(down)} down")

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from kilotune.core.choosing import chooser
 from kilotune.core.rng import stream
 from kilotune.core.types import Batch
 from kilotune.engine.loss import label_losses, splits
@@ -107,8 +108,11 @@ def can_pack(model: nn.Module) -> bool:
     """Whether the model gives packed rows the losses they have alone; tried once, on three short rows.
 
     State-space layers, learned position tables within the attention mask, virtual tokens in front of a row and the
-    like show in the comparison. Sliding windows would not on short rows, so those models are never packed.
+    like show in the comparison. Sliding windows would not on short rows, so those models are never packed, and neither
+    are those that choose for every row how to compute it.
     """
+    if chooser(model) is not None:
+        return False
     if model not in _CAN:
         setting = partial(getattr, getattr(model, "config", None))
         _CAN[model] = splits(model) and sees_whole_rows(setting) and _same_losses(model)

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kilotune.core.rng import stream
+from kilotune.core.types import SeedUpdate
 
 if TYPE_CHECKING:
     from kilotune.core.trainable import Trainable
-    from kilotune.core.types import WireContext
+    from kilotune.core.types import Update, WireContext
     from kilotune.engine.compose import Plan
     from kilotune.engine.recipe import Recipe
 
@@ -31,6 +32,13 @@ def loss_cap(vocabulary: int) -> float:
 def vocabulary_of(model: Any) -> int:
     """Tokens a model chooses from."""
     return int(model.config.get_text_config().vocab_size)
+
+
+def finite(update: "Update") -> bool:
+    """Whether every number of an update is one."""
+    if isinstance(update, SeedUpdate):
+        return bool(np.isfinite(update.coefs).all())
+    return all(bool(value.isfinite().all()) for value in update.tensors.values())
 
 
 def coefficient_limit(plan: "Plan", vocabulary: int, factor: float) -> float | None:

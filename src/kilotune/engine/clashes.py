@@ -2,13 +2,20 @@
 
 from typing import TYPE_CHECKING
 
+from kilotune.engine.arms import arm_clashes
+from kilotune.engine.channel import channel_clashes
+from kilotune.engine.choosers import chooser_clashes
 from kilotune.engine.control import control_clashes
+from kilotune.engine.emulator import emulator_clashes
 from kilotune.engine.pace import pace_clashes
 from kilotune.engine.pairs import pair_clashes
+from kilotune.engine.personal import personal_clashes
+from kilotune.engine.portions import portion_clashes
 from kilotune.engine.recipe import FEDERATED_ONLY, Recipe
 from kilotune.engine.relaying import relay_clashes
 from kilotune.engine.secure.capabilities import secure_clashes
 from kilotune.engine.shards import sharding_clashes
+from kilotune.engine.split import split_clashes, split_warning
 from kilotune.engine.streaming import streaming_clashes
 
 if TYPE_CHECKING:
@@ -25,7 +32,11 @@ def clashes(plan: "Plan") -> list[str]:
         *_server_clashes(plan),
         *_direction_clashes(plan),
         *pair_clashes(plan),
+        *personal_clashes(plan),
+        *chooser_clashes(plan),
         *relay_clashes(plan),
+        *channel_clashes(plan),
+        *portion_clashes(plan),
         *_rate_clashes(plan),
         *_privacy_clashes(plan),
         *secure_clashes(plan),
@@ -33,7 +44,10 @@ def clashes(plan: "Plan") -> list[str]:
         *_straggler_clashes(plan),
         *control_clashes(plan),
         *pace_clashes(plan),
+        *arm_clashes(plan),
         *streaming_clashes(plan),
+        *emulator_clashes(plan),
+        *split_clashes(plan),
     ]
 
 
@@ -205,13 +219,14 @@ def _straggler_clashes(plan: "Plan") -> list[str]:
 
 def warnings(plan: "Plan") -> list[str]:
     """What works and should be known before clients send anything."""
+    found = split_warning(plan)
     hidden = plan.privacy is not None or plan.recipe.secure_aggregation.enabled
     if plan.uplink.takes == "seeds" and plan.recipe.batch_size == 1 and not hidden:
-        return [
+        found += [
             "batch_size: 1 with an uplink of scalars tells the server one example's loss difference along a known "
             "direction at every step. Use a larger batch, privacy: local, or secure_aggregation (docs/defences.md)."
         ]
-    return []
+    return found
 
 
 def mode_problems(recipe: Recipe, mode: str, parametrization: "Parametrization | None") -> list[str]:
@@ -224,6 +239,11 @@ def mode_problems(recipe: Recipe, mode: str, parametrization: "Parametrization |
             problems.append(
                 "sharding: has no effect in a federation, which has `kilotune withdraw`. Use it with `kilotune tune`."
             )
+        if parametrization is not None and parametrization.looks_at:
+            problems.append(
+                f"parametrization.start: would look at {parametrization.looks_at} rows together, which clients do not "
+                "show. Use start: weight, or `kilotune tune`."
+            )
         return problems
     problems = [] if recipe.steps else ["steps: missing. Say how many optimizer steps, e.g. --set steps=100."]
     if recipe.rounds:
@@ -233,6 +253,8 @@ def mode_problems(recipe: Recipe, mode: str, parametrization: "Parametrization |
         alone = (*FEDERATED_ONLY, *CODECS)
     if recipe.streaming.overlap or recipe.streaming.mixing:
         problems.append("streaming: has no effect when one machine tunes alone. Remove it, or use `kilotune federate`.")
+    if recipe.emulator.active:
+        problems.append("emulator: has no effect when one machine tunes alone. Remove it, or use `kilotune federate`.")
     if recipe.staleness.max:
         problems.append("staleness: has no effect when one machine tunes alone. Remove it, or use `kilotune federate`.")
     if recipe.secure_aggregation.enabled:

@@ -84,6 +84,8 @@ class Plan:
 
     def group_of(self, client: str, roster: list[str]) -> int:
         """Index into recipe.clients for this client, or -1: groups take the clients in order of name."""
+        if not self.recipe.clients:
+            return -1
         return self.group_at((sorted(roster).index(client) + 0.5) / len(roster))
 
     def group_at(self, position: float) -> int:
@@ -189,7 +191,7 @@ def build(content: dict[str, Any], mode: Mode) -> Plan:
         raise RecipeError(*problems)
     plan = Plan(recipe=recipe, **parts)
     found = clashes(plan)
-    for group in recipe.clients:
+    for group in () if found else recipe.clients:  # which would have the same faults
         follower = _with_group(plan.resolved(), group)
         found += clashes(build({**follower, "clients": ()}, mode))
     if found:
@@ -198,9 +200,10 @@ def build(content: dict[str, Any], mode: Mode) -> Plan:
 
 
 def _with_group(content: dict[str, Any], group: ClientGroup) -> dict[str, Any]:
-    changes = {k: getattr(group, k) for k in ("estimator", "optimizer", "local_steps")}
-    if group.rank is not None and "rank" in content["parametrization"]:
-        changes["parametrization"] = {**content["parametrization"], "rank": group.rank}
+    changes = {k: getattr(group, k) for k in ("estimator", "optimizer", "local_steps", "batch_size", "precision")}
+    kind = content["parametrization"]
+    sizes = {k: v for k in ("rank", "ranks") if (v := getattr(group, k)) is not None and k in kind}
+    changes["parametrization"] = {**kind, **sizes} if sizes else None
     return {**content, **{k: v for k, v in changes.items() if v is not None}, "clients": ()}
 
 

@@ -15,7 +15,7 @@ from kilotune.core.errors import RecipeError
 from kilotune.engine.fused import fuse
 from kilotune.engine.recipe import Recipe
 
-__all__ = ["Compute", "faster_precision"]
+__all__ = ["Compute", "faster_precision", "layer_stack"]
 
 CLEARLY = 1.3  # bfloat16 costs accuracy, so it has to be this much faster to be chosen
 ROWS, WIDTH, INNER = 512, 576, 1536  # a feed-forward product of the embedded model
@@ -48,7 +48,8 @@ class Compute:
 def _checkpointed(model: nn.Module, share: float) -> Iterator[None]:
     """A share of the layers, spread evenly, keep their input only and run again in the backward pass (Chen et al.,
     arXiv 1604.06174)."""
-    layers = [layer for at, layer in enumerate(_layers(model)) if int((at + 1) * share) > int(at * share)]
+    stack: list[Any] = list(layer_stack(model))
+    layers = [layer for at, layer in enumerate(stack) if int((at + 1) * share) > int(at * share)]
     own = [vars(layer).get("forward") for layer in layers]
     try:
         for layer in layers:
@@ -61,11 +62,11 @@ def _checkpointed(model: nn.Module, share: float) -> Iterator[None]:
                 layer.forward = forward
 
 
-def _layers(model: nn.Module) -> list[Any]:
-    """The model's stack of like layers: its longest list of modules."""
-    stacks = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
+def layer_stack(model: nn.Module) -> nn.ModuleList:
+    """The model's stack of like layers: its longest list of modules. Raises RecipeError where it has none."""
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     if not stacks:
-        raise RecipeError("checkpointing: got true, but this model has no list of layers. Set checkpointing: false.")
+        raise RecipeError("base: has no list of layers, which checkpointing and emulator need. Use them without it.")
     return max(stacks, key=len)
 
 

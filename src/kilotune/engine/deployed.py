@@ -1,6 +1,7 @@
 """Deployed: the same rounds with clients in other processes and on other machines, over Flower with TLS."""
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 from kilotune.core.errors import DataError, FederationError
 from kilotune.engine.compose import Plan
 from kilotune.engine.data import load_rows
+from kilotune.engine.emulator import require_deployable
+from kilotune.engine.evaluation import EvaluationReport
 from kilotune.engine.federation import Federation
 from kilotune.engine.flower.client import serve as stay
 from kilotune.engine.flower.keys import ENROLLED as MOST_CLIENTS
@@ -19,10 +22,12 @@ from kilotune.engine.identity import Heads, open_identity
 from kilotune.engine.interrupt import StoppedError, asked_to_stop
 from kilotune.engine.ledger import Ledger
 from kilotune.engine.memory import peak_rss
+from kilotune.engine.models import Base
 from kilotune.engine.replica import Replica
 from kilotune.engine.runfolder import RunFolder
 from kilotune.engine.session import Emit, encode_rows, evaluator, finish, header, open_base, recording
-from kilotune.engine.shares import spread
+from kilotune.engine.shares import load_held_out, spread
+from kilotune.engine.split import refuse_deployed
 from kilotune.engine.withdrawn import withdrawn
 from kilotune.engine.worker import Worker
 
@@ -30,8 +35,11 @@ PATIENCE_S = 24 * 3600.0
 
 
 def serve(plan: Plan, keys_folder: Path, output: Path, wait_for: int, emit: Emit) -> dict[str, Any]:
-    """Lead a federation until its rounds are done; returns the summary. Quality is measured by the clients."""
+    """Lead a federation until its rounds are done; returns the summary. Quality is measured by the clients, or, where
+    they hold an emulator only, on rows of the server."""
     started = time.monotonic()
+    require_deployable(plan, server=True)
+    refuse_deployed(plan)
     keys = load_server_keys(keys_folder)
     run = RunFolder(output)
     with run.locked():
@@ -51,13 +59,24 @@ def serve(plan: Plan, keys_folder: Path, output: Path, wait_for: int, emit: Emit
             if len(present) < wanted:
                 raise FederationError(f"{len(present)} of {wanted} clients joined. Start the others and run again.")
             with asked_to_stop(emit) as stop:
-                federation = Federation(plan, replica, ledger, exchange, output, stop.between_rounds(emit))
+                between, measure = stop.between_rounds(emit), _own_measure(plan, base, emit)
+                federation = Federation(plan, replica, ledger, exchange, output, between, measure)
                 reports = federation.run()
             _require_equal(federation)
             seconds = time.monotonic() - started
             return finish(run, plan, federation, reports, len(present), seconds, {"socket": _socket(federation)})
         finally:
             exchange.close()
+
+
+def _own_measure(plan: Plan, base: Base, emit: Emit) -> Callable[[Replica], EvaluationReport] | None:
+    """Measures on rows of the server, where it alone holds the full model."""
+    section, path = plan.recipe.evaluation, plan.recipe.data.eval_path
+    if not plan.recipe.emulator.active or path is None:
+        return None
+    rows = spread(load_held_out(path), section.limit, plan.recipe.seed)
+    examples, measure = encode_rows(plan, base, rows, "evaluation", emit), evaluator(plan, emit)
+    return lambda replica: measure(replica, examples)
 
 
 def _require_equal(federation: Federation) -> None:
@@ -83,6 +102,8 @@ def join(
 
     `checkpoint` (kilotune replay --checkpoint) spares a newcomer the download of all rounds before it.
     """
+    refuse_deployed(plan)
+    require_deployable(plan, server=False)
     invitation = read_join_file(join_path)
     run = RunFolder(output)
     with run.locked():
@@ -94,8 +115,8 @@ def join(
             whose = f" with client = {only!r}" if only else ""
             raise DataError(f"{plan.recipe.data.path}: no training rows{whose}. Check `split` and `client`.")
         held_out = spread([r for r in rows if r.split != "train"], plan.recipe.evaluation.limit, plan.recipe.seed)
-        base = open_base(plan, emit)
-        replica = Replica(base, plan)
+        base = open_base(plan, emit, whole=False)
+        replica = Replica(base, plan, whole=False)
         train = [row for row in rows if row.split == "train"][: plan.recipe.data.limit]
         worker = Worker(
             invitation.client,
@@ -109,7 +130,7 @@ def join(
             progress=lambda line: emit({"event": "progress", "what": line}),
             checkpoint=checkpoint,
             link=lambda number, head, part: heads.follow(number, head, plan.root(number), part),
-            reopen=lambda: Replica(open_base(plan, emit), plan),
+            reopen=lambda: Replica(open_base(plan, emit, whole=False), plan, whole=False),
         )
         limits = limits_of(plan, replica.shapes, MOST_CLIENTS)
         emit({"event": "status", "text": f"client {invitation.client}: {len(train)} rows, joining {invitation.server}"})

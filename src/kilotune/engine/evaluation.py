@@ -74,17 +74,20 @@ def _finite(value: float) -> float | None:
 
 @dataclass
 class EvaluationReport:
-    """Figures over everything and of each client, by name."""
+    """Figures over everything and of each client, by name; `emulator`: what the clients' part of the model comes to
+    on the same rows, where they hold no more than that."""
 
     overall: Figures
     clients: dict[str, Figures]
+    emulator: Figures | None = None
 
     def clients_to_json(self) -> dict[str, dict[str, Any]]:
         return {name: figures.to_json() for name, figures in sorted(self.clients.items())}
 
     def to_json(self) -> dict[str, Any]:
         spread = {"spread": spread} if len(self.clients) > 1 and (spread := self.spread()) else {}
-        return {"overall": self.overall.to_json(), "clients": self.clients_to_json(), **spread}
+        emulator = {"emulator": self.emulator.to_json()} if self.emulator is not None else {}
+        return {"overall": self.overall.to_json(), "clients": self.clients_to_json(), **emulator, **spread}
 
     def spread(self) -> dict[str, Any]:
         """How the clients fare, each counted once: the mean of their losses, and that of the worst tenth of them."""

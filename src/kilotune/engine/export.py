@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kilotune.core.choosing import chooser
 from kilotune.core.errors import ModelError
 from kilotune.core.rng import stream
 from kilotune.engine.cache import staged_folder
@@ -30,6 +31,11 @@ def export_model(model: nn.Module, base: Base, folder: Path) -> None:
 
     Raises ModelError, and leaves the folder as it was, when the method cannot be merged or a check fails.
     """
+    if chooser(model) is not None:
+        raise ModelError(
+            "this model chooses for every row what it adds to its base, which no plain model does. Use the run itself: "
+            "kilotune evaluate, kilotune chat."
+        )
     _check_target(folder)
     whole: Any = merged(model) if hasattr(model, "peft_config") else model
     tokens = _probe(whole)

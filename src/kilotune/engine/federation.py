@@ -11,12 +11,14 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kilotune.aggregation.seed_sum import SeedSum, pack_probabilities, probabilities
 from kilotune.core.errors import FederationError, WireError
 from kilotune.core.rng import stream
+from kilotune.engine.arms import Orders
 from kilotune.engine.book import Book
 from kilotune.engine.clashes import warnings
 from kilotune.engine.compose import Plan
@@ -36,6 +38,7 @@ from kilotune.engine.secure.rounds import SecureRound
 from kilotune.engine.tally import Answer, Tally
 from kilotune.engine.withdrawn import withdrawn
 
+GroupOf = Callable[[str], int]
 Emit = Callable[[dict[str, Any]], None]
 NEWCOMER_S = 60.0  # how long a round waits for the first word of clients that are new or back
 
@@ -65,6 +68,7 @@ class Federation:
         self.privacy = private_rounds(plan, ledger, folder, clients_measure=evaluate is None)
         self._roster = Roster(plan, replica.base.digest, ledger, exchange, self.tally, self.privacy, emit, shared)
         self._pace = Pace(plan.recipe.adapt_steps and not shared)
+        self._orders = Orders(plan, replica, self._state.arms, simulated=shared)
         self._at_work = AtWork(exchange, 0 if shared else plan.recipe.staleness.max)
         self._book = Book(
             folder / "contributions", self.privacy.keeps(plan.recipe.keep_contributions), self._guard.enabled
@@ -135,11 +139,8 @@ class Federation:
             asked = secure.prepare(chosen, roster, self._roster.common())
             chosen = secure.chosen
         progress = (number - 1) / (self.plan.recipe.rounds or 1)
-        grouped = bool(self.plan.recipe.clients)
-
-        def group_of(client: str) -> int:
-            return self.plan.group_of(client, roster) if grouped else -1
-
+        group_of = partial(self.plan.group_of, roster=roster)
+        self._orders.give(chosen, group_of)
         requests = self._asked(number, asked, progress, group_of)
         if secure:
             requests = secure.with_mail(requests)
@@ -163,6 +164,7 @@ class Federation:
                 f"round {number}: {len(accepted)} of {len(chosen)} clients answered, min_clients is "
                 f"{self.plan.recipe.min_clients}. Run the same command again when they are back; nothing is lost."
             )
+        down_bytes += sum(answer.down_bytes for answer in accepted)
         self._commit(number, intake)
         self._book.settle(number, len(roster))
         self.emit(
@@ -181,9 +183,7 @@ class Federation:
             }
         )
 
-    def _asked(
-        self, number: int, clients: list[str], progress: float, group_of: Callable[[str], int]
-    ) -> dict[str, Request]:
+    def _asked(self, number: int, clients: list[str], progress: float, group_of: GroupOf) -> dict[str, Request]:
         """What each of these clients is sent to train on."""
         rule = self.plan.aggregation
         more: tuple[bytes, ...] = ()
@@ -191,7 +191,7 @@ class Federation:
             more = (pack_probabilities(probabilities(self._state.aggregation, self.plan.num_directions)),)
         body: Facts = {"round": number, "progress": progress, **({"probabilities": True} if more else {})}
         ask, work = self._roster.request, self._pace.asked
-        return {c: ask("train", c, {**body, **work(c, group_of(c))}, more) for c in clients}
+        return {c: ask("train", c, {**body, **work(c, group_of(c)), **self._orders.of(c)}, more) for c in clients}
 
     def _first(self, number: int, chosen: list[str], enough: int, requests: dict[str, Request]) -> dict[str, Request]:
         """Whose answers come first where nobody is slow: drawn, so that no name is preferred."""
@@ -212,7 +212,7 @@ class Federation:
         for client in secure.lost:
             self._roster.known.pop(client, None)  # ask it again what it holds
 
-    def _intake(self, number: int, group_of: Callable[[str], int]) -> Intake:
+    def _intake(self, number: int, group_of: GroupOf) -> Intake:
         lateness, context = Lateness(self.plan.recipe, self.ledger), self.replica.context(number)
         gathering = self.privacy.gather(context)
         return Intake(self.plan, number, lateness, self._guard, self._book, context, group_of, gathering)
@@ -244,12 +244,11 @@ class Federation:
             self.emit({"event": "client", "round": number, "client": client, "status": "missing"})
 
     def _accepted(self, number: int, answer: Answer, facts: dict[str, Any]) -> None:
-        self.tally.up_bytes += answer.up_bytes
-        self.tally.client_rounds += 1
-        if not self.privacy.tells_clients:
-            return
-        told = {"event": "client", "round": number, "client": answer.client, "status": "ok"}
-        self.emit({**told, "up_bytes": answer.up_bytes, **numbers(facts)})
+        self.tally.count(answer)
+        self._orders.note(answer.client, facts)
+        if self.privacy.tells_clients:
+            told = {"event": "client", "round": number, "client": answer.client, "status": "ok"}
+            self.emit({**told, "up_bytes": answer.up_bytes, **numbers(facts)})
 
     def _lost(self, number: int, client: str, status: str, why: str) -> None:
         self.emit({"event": "client", "round": number, "client": client, "status": status, "why": why})
@@ -268,6 +267,7 @@ class Federation:
         if result.rejected is not None:
             self.emit({"event": "rejected", "round": number, "why": result.rejected})
         self.replica.apply(number, result.payload)
+        self._orders.settle(part.client for part in result.contributions)
         self._state.save(number, self.tally)
         self._book.sync()
         contributions = self.privacy.contributions(result.contributions)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kilotune.core.choosing import chooser
+
 __all__ = ["default_stop_ids", "generate", "stream_tokens"]
 
 Progress = Callable[[int, int], None]
@@ -116,6 +118,8 @@ class _Step:
         index = torch.tensor(rows)
         self.mask = self.mask[index]
         self.cache.batch_select_indices(index)
+        if (choosing := chooser(self.model)) is not None:
+            choosing.keep(self.cache, index)
 
     def take(self, tokens: Tensor) -> None:
         """Append one token (B,) to every row."""

@@ -20,7 +20,7 @@ import torch
 
 from kilotune.core.errors import WireError
 from kilotune.core.types import SeedUpdate, State, TensorUpdate, Update
-from kilotune.engine.bounds import coefficient_limit, prescribed, vocabulary_of
+from kilotune.engine.bounds import coefficient_limit, finite, prescribed, vocabulary_of
 from kilotune.engine.compose import Plan
 from kilotune.engine.ledger import Record
 from kilotune.engine.replica import Replica
@@ -140,7 +140,8 @@ class Guard:
         """Schema and physical bound of one payload. Raises WireError with the reason to refuse all of it."""
         if self._plan.privacy is None and not math.isfinite(answer.loss):
             raise WireError(f"reports a loss of {answer.loss}, expected a finite number")
-        _require_finite(update)
+        if not finite(update):
+            raise WireError("sends numbers that are not finite")
         if isinstance(update, TensorUpdate):
             if {n: tuple(t.shape) for n, t in update.tensors.items()} != self._replica.shapes:
                 raise WireError("sends other tensors than this recipe trains")
@@ -253,12 +254,3 @@ class Guard:
             most = self._section.norm_factor * (lower_median(peers) if len(peers) > 1 else everybody)
             scales[client] = 1.0 if norm <= most else float(np.float32(most / norm))
         return scales
-
-
-def _require_finite(update: Update) -> None:
-    if isinstance(update, SeedUpdate):
-        finite = bool(np.isfinite(update.coefs).all())
-    else:
-        finite = all(bool(torch.isfinite(value).all()) for value in update.tensors.values())
-    if not finite:
-        raise WireError("sends numbers that are not finite")

@@ -22,9 +22,11 @@ from kilotune.engine.flower.messages import Facts, Reply
 from kilotune.engine.guard import Guard, Judgement, Mark
 from kilotune.engine.late import Lateness
 from kilotune.engine.ledger import Contribution
+from kilotune.engine.split import DOWN, UP, told_bytes
 from kilotune.engine.tally import Answer
 
-NUMBERS = ("round", "num_examples", "num_held_out", "loss_first", "loss", "seconds", "peak_rss_bytes")
+BESIDE = "pruning", "rank", UP, DOWN
+NUMBERS = ("round", "num_examples", "num_held_out", "loss_first", "loss", "seconds", "peak_rss_bytes", *BESIDE)
 """What the book keeps of a reply beside its payload."""
 
 
@@ -83,7 +85,9 @@ class Intake:
             raise WireError("does not report its round, rows and loss as numbers")
         if count < 1:
             raise WireError("reports no examples")
-        answer = Answer(client, count, float(loss), len(payload), hashlib.sha256(payload).hexdigest())
+        up, down = told_bytes(self._plan, facts)
+        digest = hashlib.sha256(payload).hexdigest()
+        answer = Answer(client, count, float(loss), len(payload) + up, digest, down_bytes=down)
         try:
             if client in self.answers:
                 raise WireError("answers twice in one round")

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from kilotune.core.choosing import chooser
 from kilotune.core.types import Batch
 
-__all__ = ["RowLosses", "answer_loss", "example_losses", "label_losses", "splits"]
+__all__ = ["RowLosses", "answer_loss", "example_losses", "hidden_loss", "label_losses", "splits", "token_errors"]
 
 IGNORE = -100
 CHUNK_NUMBERS = 1 << 24  # logits alive at once: 64 MiB in float32, and as much again for their softmax
@@ -41,7 +42,7 @@ def answer_loss(model: nn.Module, batch: Batch, reduction: Literal["mean", "sum"
     hidden, labels, _, head = _labelled(model, batch)
     if labels.numel() == 0:
         return hidden.sum() * 0.0
-    total = _summed(hidden, labels, head)
+    total = hidden_loss(hidden, labels, head)
     return total / labels.numel() if reduction == "mean" else total
 
 
@@ -66,6 +67,8 @@ def _labelled(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor, n
     labels = batch.labels[:, 1:][wanted]
     rows = wanted.nonzero()[:, 0] if batch.rows is None else batch.rows[:, 1:][wanted]
     parts = _split(model)
+    if (choosing := chooser(model)) is not None:
+        choosing.hear(_prompt(batch))
     if parts is None:
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
         logits = logits[:, -batch.input_ids.shape[1] :]  # prompt tuning puts its virtual tokens in front
@@ -73,6 +76,14 @@ def _labelled(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor, n
     body, head = parts
     hidden = body(input_ids=batch.input_ids, use_cache=False, **_attention(batch, body)).last_hidden_state  # (B, T, H)
     return hidden[:, :-1][wanted], labels, rows, head
+
+
+def _prompt(batch: Batch) -> Tensor:
+    """(B, T) bool: the tokens of each row before its first label; the first token, which never carries loss, is one."""
+    assert batch.visible is None, "rows of a model that chooses for each of them are never packed"
+    answered = batch.labels != IGNORE
+    answered[:, 0] = False
+    return (answered.cumsum(1) == 0) & (batch.attention_mask > 0)
 
 
 def _attention(batch: Batch, body: nn.Module) -> dict[str, Tensor | None]:
@@ -88,7 +99,19 @@ def _right_padded(mask: Tensor) -> bool:
     return bool((mask[:, 1:] <= mask[:, :-1]).all())
 
 
-def _summed(hidden: Tensor, labels: Tensor, head: nn.Module | None) -> Tensor:
+@torch.no_grad()
+def token_errors(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
+    """(N,) float32: |softmax - one-hot|, the length of the loss's gradient by the logits, of hidden states (N, H)."""
+    parts = []
+    for h, y in _chunks(hidden, labels, head):
+        error = head(h).float().softmax(dim=-1)
+        error[torch.arange(len(y)), y] -= 1.0
+        parts.append(error.norm(dim=-1))
+    return torch.cat(parts) if parts else torch.zeros(0)
+
+
+def hidden_loss(hidden: Tensor, labels: Tensor, head: nn.Module | None) -> Tensor:
+    """() float32: the sum of the cross-entropies of hidden states (N, H) before the head."""
     if torch.is_grad_enabled() and _is_plain_linear(head):
         return _AnswerLoss.apply(hidden, head.weight, head.bias, labels)  # type: ignore[union-attr]
     total = hidden.new_zeros(())

@@ -30,12 +30,13 @@ def measure(
     template: str | None,
     base_name: str | None,
     emit: Emit,
+    personal: Path | None = None,
 ) -> dict[str, Any]:
     """Quality of a base, a run, a seed file or an exported model on the rows of a file."""
     rows = load_rows(data)
     rows = spread(rows if split == "all" else select(rows, split, data), limit, 0)
     emit({"event": "status", "text": f"loading {target}"})
-    tuned = open_tuned(target, base_name)
+    tuned = open_tuned(target, base_name, personal)
     changes: dict[str, Any] = {"path": data, "max_length": max_length}
     settings = tuned.data.model_copy(update=changes | ({"template": template} if template else {}))
     examples, report = encode(rows, tuned.base.tokenizer, settings)
@@ -72,10 +73,12 @@ def replay(run: Path, base_name: str | None, emit: Emit, checkpoint: Path | None
     }
 
 
-def export(target: str, folder: Path, to: str, base_name: str | None, emit: Emit) -> dict[str, Any]:
+def export(
+    target: str, folder: Path, to: str, base_name: str | None, emit: Emit, personal: Path | None = None
+) -> dict[str, Any]:
     """Write a Hugging Face folder (merged) or a PEFT folder; both are re-read and compared before they count."""
     emit({"event": "status", "text": f"loading {target}"})
-    tuned: Tuned = open_tuned(target, base_name)
+    tuned: Tuned = open_tuned(target, base_name, personal)
     digest = weights_digest(tuned.state())
     emit({"event": "status", "text": f"writing {folder} and checking it"})
     if to == "peft":

@@ -7,7 +7,7 @@ and float32 values of the weights: it does not depend on shards, file format or 
 
 import hashlib
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +42,10 @@ class Base:
         """All weights sorted by name, tied ones once. Names stay those of the base when adapters are put in."""
         return dict(self._parameters)
 
+    def forget(self, drops: Callable[[str], bool]) -> None:
+        """Let go of the weights whose names `drops` tells, once the model is without them."""
+        self._parameters = {name: param for name, param in self._parameters.items() if not drops(name)}
+
 
 def load_base(
     name: str,
@@ -50,15 +54,18 @@ def load_base(
     writable: bool = False,
     limit_bytes: int | None = None,
     progress: Progress | None = None,
+    unread: Callable[[Path], Collection[str]] | None = None,
 ) -> Base:
     """The model and its tokenizer.
 
     With `writable` the weights lie in memory of their own; without, they are a private mapping of the file, read as
     they are used. Raises ModelError when the model cannot be found, is of no use here or will not fit in memory
-    (`limit_bytes`, or what is free).
+    (`limit_bytes`, or what is free). `unread`: tensors of the folder that will never be used, which count only where
+    reading the model copies them.
     """
     folder = sources.find_folder(name, revision, limit_bytes, progress)
-    check_memory(name, sources.float32_bytes(folder), limit_bytes)
+    spared = unread(folder) if unread is not None and not writable else ()
+    check_memory(name, sources.float32_bytes(folder, spared), limit_bytes)
     with sources.quietly():
         model = sources.read_model(name, folder)
         tokenizer = _tokenizer(name, folder)

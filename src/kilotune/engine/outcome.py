@@ -28,6 +28,7 @@ class ServerState:
         self.optimizer: State = {}
         self.downlink: State = {}
         self.guard: State = {}
+        self.arms: State = {}
 
     def save(self, number: int, tally: Tally) -> None:
         """The state after a round, and what was counted so far."""
@@ -62,6 +63,7 @@ class ServerState:
             "optimizer": self.optimizer,
             "downlink": self.downlink,
             "guard": self.guard,
+            "arms": self.arms,
         }
 
     def _path(self, number: int) -> Path:

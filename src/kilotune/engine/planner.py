@@ -5,17 +5,20 @@ weights, tokens from a sample of the rows.
 """
 
 from collections.abc import Callable
-from math import ceil, prod
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 from kilotune.engine import slices, sources
 from kilotune.engine.compose import Plan
+from kilotune.engine.emulator import thinned, trained_blocks
 from kilotune.engine.facts import Facts, read_facts
 from kilotune.engine.ledger import MEMBERS_BYTES
 from kilotune.engine.memory import check_memory
-from kilotune.engine.pairs import numbers, numbers_down, rank
+from kilotune.engine.pairs import numbers_down, rank
+from kilotune.engine.portions import numbers_up
 from kilotune.engine.secure import costs
+from kilotune.engine.split import predicted_bytes
 from kilotune.engine.workload import Workload, planned_steps, sample_rows, workload
 
 __all__ = [
@@ -84,8 +87,10 @@ def assemble(plan: Plan, facts: Facts, load: Workload, figures: slices.Figures |
         "seconds": None,
     }
     if plan.recipe.rounds is not None:
-        result |= payload_bytes(plan, numel, load.clients)
+        result |= payload_bytes(plan, numel, load.clients, load.row)
     result["peak_rss_bytes"] = memory_bytes(plan, facts, numel, load, figures)
+    if plan.recipe.emulator.active:
+        result["client_peak_rss_bytes"] = memory_bytes(plan, facts, numel, load, figures, client=True)
     if figures is not None and times:
         seconds = step_seconds(plan, facts, load, figures)
         taking_part = min(load.clients, getattr(plan.schedule, "clients_per_round", load.clients))
@@ -103,18 +108,15 @@ def wire_numbers(plan: Plan, facts: Facts, figures: slices.Figures | None) -> di
     """Numbers of each tensor that is trained and sent."""
     if plan.parametrization.uses_basis and plan.basis is not None:
         return {"coords": plan.basis.size}
-    if plan.parametrization.method_name() == "full":
-        from kilotune.parametrization._targets import select
-
-        sizes = {name: prod(shape) for name, shape in facts.shapes.items()}
-        return {name: sizes[name] for name in select(list(sizes), plan.parametrization.targets)}  # type: ignore[attr-defined]
+    if (known := plan.parametrization.numbers(facts.shapes, facts.hidden)) is not None:
+        return known
     if figures is None:
         raise ValueError("an adapter is counted on a slice, so its figures are needed")
     small, large = figures["wire"][str(slices.SMALL)], figures["wire"][str(slices.LARGE)]
     added = {name: size for name, size in large.items() if name not in small}  # of the layers beyond the first
     layers = {name: size for name, size in added.items() if f".{slices.LARGE - 1}." in name}
     numel = dict(small)
-    for layer in range(slices.SMALL, facts.layers):
+    for layer in trained_blocks(plan, facts.layers)[slices.SMALL :]:
         numel |= {name.replace(f".{slices.LARGE - 1}.", f".{layer}.", 1): size for name, size in layers.items()}
     return numel
 
@@ -122,15 +124,16 @@ def wire_numbers(plan: Plan, facts: Facts, figures: slices.Figures | None) -> di
 # -- bytes ------------------------------------------------------------------------------------------------------------
 
 
-def payload_bytes(plan: Plan, numel: dict[str, int], clients: int) -> dict[str, float]:
-    """Means per client and round over a whole run, as the summary counts them."""
+def payload_bytes(plan: Plan, numel: dict[str, int], clients: int, row: float | None = None) -> dict[str, float]:
+    """Means per client and round over a whole run, as the summary counts them. `row`: tokens of a row, on which hangs
+    what clients without a body send; unknown, the most it may have make a bound."""
     size, steps = plan.num_directions, plan.recipe.local_steps
     plans = [plan.for_group(i) for i in range(-1, len(plan.recipe.clients))]
     groups = [plan.group_at((i + 0.5) / clients) for i in range(clients)]
     shares = [groups.count(i) / clients for i in range(-1, len(plan.recipe.clients))]
     bound = plan.uplink.method_name() == "projection"  # its budgets follow the norms of the change: an upper bound
     up = sum(
-        share * p.uplink.predict_bytes(numbers(plan, numel, rank(p)), 0 if bound else p.recipe.local_steps)
+        share * p.uplink.predict_bytes(numbers_up(plan, p, numel), 0 if bound else p.recipe.local_steps)
         for share, p in zip(shares, plans, strict=True)
     )
     taking_part = min(clients, getattr(plan.schedule, "clients_per_round", clients))
@@ -146,6 +149,9 @@ def payload_bytes(plan: Plan, numel: dict[str, int], clients: int) -> dict[str, 
     down = record * clients / taking_part  # in the end everybody holds every round
     if plan.aggregation.method_name() == "seed_sum" and getattr(plan.aggregation, "selection", "") == "amplitude":
         down += 2 * size
+    for share, p in zip(shares, plans, strict=True):
+        beside_up, beside_down = predicted_bytes(p, numel, row)
+        up, down = up + share * beside_up, down + share * beside_down
     up, down, added = costs.masked(plan, numel, taking_part, up, down)
     sent = {"payload_up_bytes_per_client_round": round(up, 1), "payload_down_bytes_per_client_round": round(down, 1)}
     return sent | added
@@ -155,20 +161,27 @@ def payload_bytes(plan: Plan, numel: dict[str, int], clients: int) -> dict[str, 
 
 
 def memory_bytes(
-    plan: Plan, facts: Facts, numel: dict[str, int], load: Workload, figures: slices.Figures | None
+    plan: Plan,
+    facts: Facts,
+    numel: dict[str, int],
+    load: Workload,
+    figures: slices.Figures | None,
+    client: bool = False,
 ) -> int:
-    """Peak resident bytes of one process: what stays, and the largest of what comes and goes beside it."""
+    """Peak resident bytes of one process: what stays, and the largest of what comes and goes beside it. `client`: of
+    one that holds an emulator only, and measures and writes nothing."""
+    held = thinned(plan, facts)
     idle = IDLE_BYTES if figures is None else figures["idle_bytes"]
     trained, federated = sum(numel.values()), plan.recipe.rounds is not None
     moments = plan.optimizer.copies * trained
-    stays = facts.numbers + moments + _copies(plan, facts, trained, federated)
+    stays = (held if client else facts).numbers + moments + _copies(plan, facts, trained, federated)
     if _adapts(plan):
         stays += trained
-    training = _training(plan, facts, trained, load, figures)
+    training = _training(plan, held, trained, load, figures)
     saving = _export_bytes(plan, trained) if federated else 0
-    passing = max(training, FLOAT * _evaluation(plan, facts, load), saving)
+    passing = max(training, 0 if client else FLOAT * _evaluation(plan, facts, load), saving)
     # An adapter is written, and read back over a base mapped once more, while the allocator still holds the rest.
-    proving = facts.numbers if "adapter" in plan.parametrization.gives else 0
+    proving = facts.numbers if "adapter" in plan.parametrization.gives and not client else 0
     return int(idle + FLOAT * (stays + proving) + passing)
 
 
@@ -228,7 +241,7 @@ def _export_bytes(plan: Plan, trained: int) -> int:
 
 def step_seconds(plan: Plan, facts: Facts, load: Workload, figures: slices.Figures) -> float:
     """Seconds of a step, mean over the sampled ones."""
-    total = 0.0
+    facts, total = thinned(plan, facts), 0.0
     # A second forward pass: half of what both took where weights have no gradients, else a third.
     again = 1 + plan.recipe.checkpointing * (1 / 2 if _adapts(plan) else 1 / 3)
     for step in load.steps:

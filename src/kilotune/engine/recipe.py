@@ -1,6 +1,6 @@
 """Recipe: the YAML a user writes. One value per choice; unknown keys are refused with the nearest name."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -80,6 +80,58 @@ class StreamingSection(Section):
     mixing: float = Field(0.0, ge=0, lt=1, description="share of its own weights that it keeps then")
 
 
+class SplitSection(Section):
+    """Clients without the body of the model, which stays at the server (SFPrompt)."""
+
+    enabled: bool = Field(False, description="true: clients hold first and last blocks, hidden states go to the server")
+    lower: int = Field(0, ge=0, description="first blocks that a client holds; 0: the embedding alone, as in the paper")
+    keep: float = Field(
+        0.5, gt=0, le=1, description="share of its rows that a client trains on, the hardest; paper: 0.5"
+    )
+    shortcut_steps: int = Field(
+        10, ge=0, description="steps past the body before the local_steps through it; paper: 10 epochs"
+    )
+    dtype: Literal["bf16", "fp32"] = Field("bf16", description="numbers of hidden states and gradients on the wire")
+
+
+class EmulatorSection(Section):
+    """Clients that hold and train the ends of a model around a thinned, frozen middle (docs/recipes.md)."""
+
+    left: int = Field(0, ge=0, description="first blocks, which are trained; at least one is. FedOT on 32 blocks: 2")
+    right: int = Field(
+        0, ge=0, description="block from which on all are trained; the last one is. FedOT on 32 blocks: 30; 0: off"
+    )
+    drop: float = Field(0.2, ge=0, lt=1, description="share of the blocks between that clients do not hold; FedOT: 0.2")
+    align_steps: int = Field(0, ge=0, description="steps of aligning the thin middle before round 1; FedOT: 500")
+    align_path: str | None = Field(None, description="rows of the server to align on")
+    align_lr: float = Field(1e-4, gt=0, description="learning rate of aligning; FedOT")
+    align_kd: float = Field(
+        0.9, ge=0, le=1, description="weight of the distance between the middles, the rest is the answers' loss; FedOT"
+    )
+
+    @property
+    def active(self) -> bool:
+        return self.left > 0 or self.right > 0
+
+
+class ArmsSection(Section):
+    """What the server may ask of each device, learnt from what pays there (FedSpine, docs/recipes.md)."""
+
+    pruning: tuple[Annotated[float, Field(ge=0, le=0.9)], ...] = Field(
+        (), description="shares of the heads and feed-forward channels to leave out, rising; none: all devices do alike"
+    )
+    ranks: tuple[Annotated[int, Field(ge=1)], ...] = Field((), description="ranks to train, rising")
+    share: Literal["group", "client"] = Field(
+        "group", description="who learns together: the devices of a group of `clients`, or each for itself"
+    )
+    exploration: float = Field(
+        0.25, ge=0, description="c of mean + c sqrt(ln t / n); UCB1 has 1.4, for rewards that are 0 or 1"
+    )
+    deadline: float = Field(
+        1.0, gt=0, description="time of a round, in that of the median device with the first arm; later, it earns less"
+    )
+
+
 class ShardingSection(Section):
     """Tuning from which rows can be forgotten exactly (docs/unlearning.md)."""
 
@@ -101,6 +153,12 @@ class ClientGroup(Section):
     optimizer: Spec | None = None
     local_steps: int | None = Field(None, ge=1)
     rank: int | None = Field(None, ge=1, description="rank of these clients' pairs, at most parametrization.rank")
+    ranks: dict[str, int] | None = Field(
+        None, description="the matrices they train, by names or parts of names, and the rank of each; none: all"
+    )
+    batch_size: int | None = Field(None, ge=1)
+    precision: Literal["fp32", "bf16", "auto"] | None = None
+    slowness: float = Field(1.0, gt=0, description="their time for a unit of work where devices are simulated (arms)")
 
 
 class Recipe(Section):
@@ -143,7 +201,10 @@ class Recipe(Section):
     secure_aggregation: SecureSection = SecureSection()
     staleness: StalenessSection = StalenessSection()
     streaming: StreamingSection = StreamingSection()
+    split: SplitSection = SplitSection()
+    arms: ArmsSection = ArmsSection()
     sharding: ShardingSection = ShardingSection()
+    emulator: EmulatorSection = EmulatorSection()
     clients: tuple[ClientGroup, ...] = ()
 
     partition: Spec | None = None
@@ -159,6 +220,11 @@ class Recipe(Section):
     privacy: Spec | None = None
 
     @property
+    def steps_per_round(self) -> int:
+        """Optimizer steps of a client in a round, those of a shortcut included."""
+        return self.local_steps + (self.split.shortcut_steps if self.split.enabled else 0)
+
+    @property
     def most_local_steps(self) -> int:
         """Local steps of the clients that take most."""
         return max([self.local_steps, *(group.local_steps or 0 for group in self.clients)])
@@ -171,7 +237,10 @@ SECTIONS: dict[str, type[Section]] = {
     "secure_aggregation": SecureSection,
     "staleness": StalenessSection,
     "streaming": StreamingSection,
+    "split": SplitSection,
+    "arms": ArmsSection,
     "sharding": ShardingSection,
+    "emulator": EmulatorSection,
 }
 PARTS: dict[str, str] = {
     "partition": "partition",

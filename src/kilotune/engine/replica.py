@@ -6,6 +6,7 @@ float32 operations in the same order, so the same bits.
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,6 +19,7 @@ from kilotune.core.types import SeedUpdate, State, TensorUpdate, Update, WireCon
 from kilotune.engine.bounds import probes
 from kilotune.engine.compose import Plan
 from kilotune.engine.files import read_tensors, write_tensors
+from kilotune.engine.middle import Middle, name_targets
 from kilotune.engine.models import Base, weights_digest
 
 PUBLIC = "public/"
@@ -27,18 +29,26 @@ ROUNDS_AT_ONCE = 256  # by then a walk over the weights costs little beside the 
 class Replica:
     """A base with a plan attached to it."""
 
-    def __init__(self, base: Base, plan: Plan) -> None:
+    def __init__(self, base: Base, plan: Plan, whole: bool = True) -> None:
+        """With an emulator the model runs its thinned middle; `whole`: the full one can be put in its place."""
         self.base = base
         self.plan = plan
+        self.middle = Middle(base, plan, whole) if plan.recipe.emulator.active else None
         self.trainable: Trainable = plan.parametrization.attach(base.model, basis=plan.basis, seed=plan.recipe.seed)
         self.round = 0
         self._mapped = base.mapped  # nothing was written yet: changed weights can go straight to new memory
         self.public: dict[str, State] = {}  # what the server's rule lets everybody know of the rounds, by wire tensor
-        self.shapes = {name: tuple(value.shape) for name, value in self.trainable.wire.items()}
+        self.shapes = self.trainable.shapes()
+        if self.middle is not None:
+            name_targets(self.model)
 
     @property
     def model(self) -> nn.Module:
         return self.trainable.model
+
+    def whole(self) -> AbstractContextManager[None]:
+        """The full model inside, where clients have an emulator of it."""
+        return self.middle.whole() if self.middle is not None else nullcontext()
 
     def context(self, round: int) -> WireContext:
         """What both ends know of a round without sending it."""

@@ -6,6 +6,7 @@ the requests; rounds, ledger, evaluation and outputs are the same code.
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ import torch
 from kilotune.core.errors import RecipeError
 from kilotune.core.noise import NOISE_SPEC
 from kilotune.engine import seedfile
+from kilotune.engine.alignment import load_aligned
 from kilotune.engine.compose import Plan, build
-from kilotune.engine.data import Row
+from kilotune.engine.data import Row, load_rows
+from kilotune.engine.emulator import unread
 from kilotune.engine.evaluation import EvaluationReport, evaluate
 from kilotune.engine.export import export_peft
 from kilotune.engine.federation import Federation
@@ -34,11 +37,13 @@ from kilotune.engine.tune import Trainer
 Emit = Callable[[dict[str, Any]], None]
 
 
-def open_base(plan: Plan, emit: Emit) -> Base:
-    """The recipe's base model to train: mapped from its file where no weight of it is ever written."""
+def open_base(plan: Plan, emit: Emit, whole: bool = True) -> Base:
+    """The recipe's base model to train: mapped from its file where no weight of it is ever written. `whole` False:
+    for who never uses more of it than the emulator keeps."""
     torch.set_num_threads(plan.recipe.threads or torch.get_num_threads())
     emit({"event": "status", "text": f"loading base {plan.recipe.base}"})
-    return load_base(plan.recipe.base, writable=plan.parametrization.writes_base)
+    spared = None if whole else partial(unread, plan, plan.recipe.base)
+    return load_base(plan.recipe.base, writable=plan.parametrization.writes_base, unread=spared)
 
 
 def encode_rows(plan: Plan, base: Base, rows: list[Row], who: str, emit: Emit) -> list[Example]:
@@ -52,13 +57,13 @@ def encode_rows(plan: Plan, base: Base, rows: list[Row], who: str, emit: Emit) -
 
 
 def evaluator(plan: Plan, emit: Emit) -> Callable[[Replica, list[Example]], EvaluationReport]:
-    """Measures a replica on examples as the recipe says."""
+    """Measures a replica on examples as the recipe says; one with an emulator in both forms, where it holds both."""
     settings = plan.recipe.evaluation
 
     def progress(done: int, total: int) -> None:
         emit({"event": "progress", "what": "evaluating", "done": done, "total": total})
 
-    def measure(replica: Replica, examples: list[Example]) -> EvaluationReport:
+    def once(replica: Replica, examples: list[Example]) -> EvaluationReport:
         return evaluate(
             replica.model,
             replica.base.tokenizer,
@@ -67,6 +72,13 @@ def evaluator(plan: Plan, emit: Emit) -> Callable[[Replica, list[Example]], Eval
             stop_ids=stop_ids(replica.base.tokenizer, plan.recipe.data),
             progress=progress,
         )
+
+    def measure(replica: Replica, examples: list[Example]) -> EvaluationReport:
+        if replica.middle is None or not replica.middle.can_be_whole:
+            return once(replica, examples)
+        with replica.whole():
+            report = once(replica, examples)
+        return replace(report, emulator=once(replica, examples).overall)
 
     return measure
 
@@ -93,6 +105,7 @@ def federate(plan: Plan, output: Path, emit: Emit, steps: int | None = None) -> 
         replica = Replica(base, plan)
         measure = evaluator(plan, emit)
         held_out = encode_rows(plan, base, rows_held_out, "evaluation", emit)
+        load_aligned(replica, output, lambda path: encode_rows(plan, base, load_rows(path), "alignment", emit), emit)
         encode_client = partial(_encode_client, plan, base, emit)
         simulation = Simulation(replica, ledger, packed, encode_client, measure, output, emit)
         emit(who)
@@ -172,6 +185,18 @@ def common_facts(
         "seconds": round(seconds, 2),
         "eval": {"before": before, "after": after.overall.to_json()},
         "eval_clients": {"after": after.clients_to_json()},
+        **_emulator_facts(run, replica, reports),
+    }
+
+
+def _emulator_facts(run: RunFolder, replica: Replica, reports: dict[str, EvaluationReport]) -> dict[str, Any]:
+    """What clients held, and how it fares beside the full model, whose figures are `eval`."""
+    if replica.middle is None:
+        return {}
+    figures = {when: report.emulator.to_json() for when, report in reports.items() if report.emulator is not None}
+    return {
+        "emulator": asdict(replica.middle.layout) | {"held": replica.middle.layout.held},
+        "eval_emulator": {"before": first_evaluation(run, "emulator"), **figures},
     }
 
 
@@ -184,12 +209,12 @@ def close(run: RunFolder, summary: dict[str, Any]) -> None:
     write_report(run)
 
 
-def first_evaluation(run: RunFolder) -> dict[str, Any] | None:
+def first_evaluation(run: RunFolder, of: str = "overall") -> dict[str, Any] | None:
     """The evaluation before training of a run that was interrupted and resumed."""
     for event in run.events():
         if event["event"] == "evaluation" and event.get("round", event.get("step")) == 0:
-            overall: dict[str, Any] = event["overall"]
-            return overall
+            figures: dict[str, Any] | None = event.get(of)
+            return figures
     return None
 
 
@@ -200,7 +225,8 @@ def write_outputs(run: RunFolder, plan: Plan, replica: Replica, ledger: Ledger |
         outputs["seed_file"] = "final.seed"
         outputs["seed_file_bytes"] = seedfile.write(ledger, run.path / "final.seed")
     if "adapter" in plan.parametrization.gives:
-        export_peft(replica.model, replica.base, run.path / "adapter")
+        with replica.whole():
+            export_peft(replica.model, replica.base, run.path / "adapter")
         outputs["adapter"] = "adapter"
     return outputs
 

@@ -32,8 +32,7 @@ def split_rows(plan: Plan, alone: bool) -> Rows:
     train = [row for row in rows if row.split == "train"]
     held_out = [row for row in rows if row.split != "train"]
     if section.eval_path is not None:
-        held_out = load_rows(section.eval_path)
-        held_out = [row for row in held_out if row.split != "train"] or held_out
+        held_out = load_held_out(section.eval_path)
     if section.only is not None:
         train = [row for row in train if row.client == section.only]
     if not train:
@@ -47,6 +46,12 @@ def split_rows(plan: Plan, alone: bool) -> Rows:
     label = next((field for field in fields if field != "client"), None)
     held_out = spread(held_out, plan.recipe.evaluation.limit, plan.recipe.seed)
     return Rows(clients, held_out, partition_counts(train, shares, label), data_digest(rows))
+
+
+def load_held_out(path: str) -> list[Row]:
+    """The rows of a file for evaluation: those that are not for training, or all where all are."""
+    rows = load_rows(path)
+    return [row for row in rows if row.split != "train"] or rows
 
 
 def spread(rows: list[Row], limit: int | None, seed: int) -> list[Row]:

@@ -20,6 +20,7 @@ from kilotune.engine.ledger import Ledger
 from kilotune.engine.replica import Replica
 from kilotune.engine.secure.client import Vault
 from kilotune.engine.secure.participant import new_vault
+from kilotune.engine.splitclient import split_client
 from kilotune.engine.tokenize import Example
 from kilotune.engine.worker import Evaluate, Worker
 
@@ -47,6 +48,7 @@ class Simulation:
         self._replica, self._rows, self._encode = replica, rows, encode
         self._evaluate, self._emit, self._folder = evaluate, emit, folder
         self._ledger, self._genesis = ledger, ledger.header.hash
+        self._split = split_client(replica)
         self._standings = standings(ledger)
         # Where the guard has every answer written into the server's book, that spares the same work after a crash; an
         # answer with a client's own noise may not be made a second time, so it is written before it leaves.
@@ -88,6 +90,7 @@ class Simulation:
             log=self._log,
             link=self._link,
             vault=self._vault(client, request),
+            split=self._split,
         )
         worker.round, worker.head = self._standings.get(client, (0, self._genesis))
         reply = worker.handle(request)

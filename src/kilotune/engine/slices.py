@@ -14,6 +14,7 @@ import os
 import platform
 import time
 from importlib import metadata
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -160,14 +161,15 @@ class _Slice:
         self.trainable = plan.parametrization.attach(model, basis=plan.basis, seed=0)
         self.memory = Memory.empty()
         self.trainable.begin(0, plan.estimator.forward_only)
+        self.trainable.take_up({})
 
     def weights_bytes(self) -> int:
         """Of all its weights, a tied one once."""
         return sum(param.numel() * param.element_size() for param in self.trainable.model.parameters())
 
     def wire(self) -> dict[str, int]:
-        """Numbers of each wire tensor."""
-        return {name: value.numel() for name, value in self.trainable.wire.items()}
+        """Numbers of each tensor that is sent."""
+        return {name: prod(shape) for name, shape in self.trainable.shapes().items()}
 
     def step(self, tokens: int, labels: int) -> float:
         """Seconds of one training step."""

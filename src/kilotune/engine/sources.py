@@ -7,7 +7,7 @@ unpickled from a model's files: only safetensors and GGUF weights are read.
 import importlib.metadata
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -162,9 +162,10 @@ def tensor_places(folder: Path) -> dict[str, Place]:
     return places
 
 
-def float32_bytes(folder: Path) -> int:
-    """Bytes of all stored weights once they are float32."""
-    return 4 * sum(prod(place.shape) for place in tensor_places(folder).values())
+def float32_bytes(folder: Path, spared: Collection[str] = ()) -> int:
+    """Bytes of all stored weights once they are float32, but for the spared ones that are mapped as they lie."""
+    places = tensor_places(folder).items()
+    return 4 * sum(prod(place.shape) for name, place in places if name not in spared or place.dtype != "F32")
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kilotune.core.choosing import chooser
 from kilotune.core.trainable import Trainable
 from kilotune.core.types import Batch, State, TensorUpdate
 from kilotune.engine.compute import Compute
@@ -40,6 +41,7 @@ class BatchObjective(Objective):
         self._batches = batches
         self._compute = compute
         self._count = sum(batch.num_labels for batch in batches)
+        self._rows = sum(batch.num_examples for batch in batches)
 
     def parts(self) -> list[Callable[[], Tensor]]:
         return [partial(self._share, batch) for batch in self._batches]
@@ -53,25 +55,30 @@ class BatchObjective(Objective):
 
     def _share(self, batch: Batch) -> Tensor:
         with self._compute.around(self._model):
-            return answer_loss(self._model, batch, "sum") / self._count
+            loss = answer_loss(self._model, batch, "sum") / self._count
+            choosing = chooser(self._model)
+            return loss if choosing is None else loss + choosing.losses().sum() / self._rows
 
 
 @dataclass
 class Memory:
-    """What the optimizer and the estimator remember between steps, and weights of the client's own between rounds."""
+    """What the optimizer and the estimator remember between steps, weights of the client's own between rounds, and
+    which units of the model it has."""
 
     optimizer: dict[str, State]
     estimator: State
     weights: State = field(default_factory=dict)
+    units: State = field(default_factory=dict)
 
     @classmethod
     def empty(cls) -> "Memory":
         return cls({}, {})
 
     def tensors(self) -> State:
-        """Flat, for a file: `optimizer/<wire tensor>/<key>`, `estimator/<key>` and `weights/<wire tensor>`."""
+        """Flat, for a file: `optimizer/<wire tensor>/<key>`, `estimator/<key>`, `weights/<wire tensor>` and
+        `units/<key>`."""
         flat = {f"optimizer/{w}/{k}": v for w, state in self.optimizer.items() for k, v in state.items()}
-        flat |= {f"weights/{k}": v for k, v in self.weights.items()}
+        flat |= {f"weights/{k}": v for k, v in self.weights.items()} | {f"units/{k}": v for k, v in self.units.items()}
         return flat | {f"estimator/{k}": v for k, v in self.estimator.items()}
 
     def begin(self, rule: Optimizer, wire: State, public: dict[str, State], steps: int) -> None:
@@ -105,6 +112,8 @@ class Memory:
                 memory.estimator[rest] = value
             elif kind == "weights":
                 memory.weights[rest] = value
+            elif kind == "units":
+                memory.units[rest] = value
             elif kind == "optimizer":
                 wire, _, key = rest.rpartition("/")
                 memory.optimizer.setdefault(wire, {})[key] = value

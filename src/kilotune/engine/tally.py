@@ -19,6 +19,12 @@ class Tally:
     peak_rss_bytes: int = 0
     client_digests: dict[str, str] = field(default_factory=dict)
 
+    def count(self, answer: "Answer") -> None:
+        """An answer that has come."""
+        self.up_bytes += answer.up_bytes
+        self.down_bytes += answer.down_bytes
+        self.client_rounds += 1
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -27,9 +33,10 @@ class Answer:
     client: str
     num_examples: int
     loss: float
-    up_bytes: int
+    up_bytes: int  # its payload, and what its steps have sent before (split)
     payload_sha256: str
     discount: float = 1.0  # of the weight, for an answer that is late
+    down_bytes: int = 0  # what its steps were sent (split)
 
 
 COUNTED = ("up_bytes", "down_bytes", "client_rounds", "peak_rss_bytes")

@@ -50,6 +50,7 @@ class Trainer:
         before = None
         if not self._resume():
             before = self._measure()
+            self._prepare()
         save_every = max(1, min(total // CHECKPOINTS_PER_RUN, 100))
         sampler = BatchSampler(len(self.train), recipe.batch_size, derive(recipe.seed, "batches", "local"))
         best, without_gain, last = math.inf, 0, None
@@ -72,6 +73,18 @@ class Trainer:
                 break
         after = last if last is not None else self._measure()
         return {"after": after} | ({"before": before} if before is not None else {})
+
+    def _prepare(self) -> None:
+        """Let the parametrization look at some rows, if it wants to."""
+        recipe, method = self.plan.recipe, self.plan.parametrization
+        if not method.looks_at:
+            return
+        chosen = stream(recipe.seed, "prepare").permutation(len(self.train))[: method.looks_at]
+        rows = [self.train[i] for i in chosen]
+        self.emit({"event": "status", "text": f"looking at {len(rows)} rows to start from"})
+        batches = micro_batches(rows, recipe, self.replica.model, self.replica.base.tokenizer.pad_token_id)
+        objective = BatchObjective(self.replica.model, batches, Compute.of(recipe))
+        method.prepare(self.replica.trainable, objective.parts(), recipe.seed)
 
     def _one_step(self, sampler: BatchSampler, total: int) -> None:
         started = time.monotonic()

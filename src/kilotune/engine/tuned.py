@@ -14,6 +14,7 @@ from kilotune.engine.compose import Plan, build
 from kilotune.engine.files import read_tensors
 from kilotune.engine.ledger import LEDGER, Ledger
 from kilotune.engine.models import Base, load_base
+from kilotune.engine.personal import personal_tensors
 from kilotune.engine.recipe import DataSection
 from kilotune.engine.replica import Replica
 from kilotune.engine.runfolder import RECIPE, RunFolder
@@ -38,12 +39,25 @@ class Tuned:
     def state(self) -> dict[str, Tensor]:
         """Tensors that define the model beyond its base; for a plain model, all of them."""
         if self.replica is not None:
-            return self.replica.trainable.state()
+            return self.replica.trainable.state() | self.replica.trainable.own()
         return {name: param.data for name, param in self.base.parameters().items()}
 
 
-def open_tuned(target: str, base_name: str | None = None) -> Tuned:
-    """Load what `target` names. Raises WireError when the base is not the one the run stands on."""
+def open_tuned(target: str, base_name: str | None = None, personal: Path | None = None) -> Tuned:
+    """Load what `target` names; `personal` is the folder of a client whose own tensors shall be part of the model.
+
+    Raises WireError when the base is not the one the run stands on.
+    """
+    tuned = _opened(target, base_name)
+    if personal is None:
+        return tuned
+    if tuned.plan is None or tuned.ledger is None or tuned.replica is None:
+        raise RunError(f"--personal {personal}: {target} is no run of several clients. Leave it out.")
+    tuned.replica.trainable.take_up(personal_tensors(personal, tuned.plan, tuned.ledger))
+    return tuned
+
+
+def _opened(target: str, base_name: str | None) -> Tuned:
     path = Path(target)
     if seedfile.is_seed_file(path):
         return from_ledger(seedfile.read(path), base_name)
@@ -82,6 +96,8 @@ def from_ledger(ledger: Ledger, base_name: str | None) -> Tuned:
         )
     replica = Replica(base, plan)
     replica.replay((record.round, payload) for record, payload in ledger.since(0))
+    if replica.middle is not None:
+        replica.middle.put_back()  # what was tuned is the full model with the new ends
     return Tuned(base, replica.model, plan, ledger, replica)
 
 

@@ -12,17 +12,15 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from kilotune import __version__
 from kilotune.core.errors import DataError, FederationError, KilotuneError, RunError, WireError
-from kilotune.core.rng import derive, stream
+from kilotune.core.rng import stream
 from kilotune.core.types import SeedUpdate, State, TensorUpdate, Update
-from kilotune.engine.batches import BatchSampler, micro_batches
-from kilotune.engine.bounds import coefficient_limit, prober, said_by, step_stream, vocabulary_of
+from kilotune.engine.bounds import coefficient_limit, finite, prober, said_by, step_stream, vocabulary_of
 from kilotune.engine.clientstate import Answer, ClientState, RoundLog
 from kilotune.engine.compose import Plan
-from kilotune.engine.compute import Compute
+from kilotune.engine.device import Device, ordered
 from kilotune.engine.evaluation import EvaluationReport
 from kilotune.engine.flower.messages import Facts, Reply, Request
 from kilotune.engine.following import (
@@ -38,12 +36,14 @@ from kilotune.engine.following import (
 from kilotune.engine.identity import HistoryError
 from kilotune.engine.ledger import MEMBERS_BYTES
 from kilotune.engine.memory import peak_rss
+from kilotune.engine.objectives import objectives
 from kilotune.engine.pace import lighter
 from kilotune.engine.privatesteps import private_steps
 from kilotune.engine.replica import Replica
 from kilotune.engine.secure.client import Vault
 from kilotune.engine.secure.participant import Participant, new_vault
-from kilotune.engine.step import BatchObjective, Memory, StepReport, rate, train_step
+from kilotune.engine.splitclient import SplitClient
+from kilotune.engine.step import Memory, StepReport, rate, train_step
 from kilotune.engine.streaming import OwnWeights
 from kilotune.engine.tokenize import Example
 
@@ -70,17 +70,18 @@ class Worker:
         link: Link | None = None,
         reopen: Callable[[], Replica] | None = None,
         vault: Vault | None = None,
+        split: SplitClient | None = None,
     ) -> None:
         """`genesis` is the hash of the ledger's header; `keeps_rounds`: store received rounds to replay after a
         restart (a client of its own) instead of relying on the run's ledger (a simulated one). `checkpoint`: start
         from this state instead of the base. `log` holds the answers of clients that remember nothing; `link` may
         know heads that were computed before. `reopen` gives a replica at round 0, to start again when what this
         client holds is not the server's history. `vault`: where the secrets of secure aggregation outlive this
-        object; by default they do not."""
+        object; by default they do not. `split`: the parts of the model that a client holds without its body."""
         self.name, self.replica, self.folder = name, replica, folder
         self.train, self.held_out, self._evaluate, self._progress = train, held_out, evaluate, progress
         self._keeps_rounds, self._log, self._link = keeps_rounds, log, link or partial(head_after, replica.plan)
-        self._genesis, self._reopen = genesis, reopen
+        self._genesis, self._reopen, self._split = genesis, reopen, split
         self._state = ClientState(folder)
         self._private = private_steps(replica.plan, folder, len(train))
         self._secure: Participant | None = None
@@ -193,6 +194,7 @@ class Worker:
         if self.replica.round != number - 1:
             raise WireError(f"asked to train round {number}, but the model stands at round {self.replica.round}.")
         plan = lighter(self.replica.plan.for_group(int(request.body["group"])), request.body.get("share"))
+        plan = ordered(plan, request.body)
         if self._private:
             self._private.charge(self.name, number, self.head, plan.recipe.local_steps)
         memory, codec_state = self._state.before(number)
@@ -202,13 +204,18 @@ class Worker:
         trainable = self.replica.trainable
         trainable.begin(context.root, plan.estimator.forward_only)
         plan.parametrization.narrow(trainable)
-        memory.begin(plan.optimizer, trainable.wire, self.replica.public, plan.recipe.local_steps)
+        trainable.take_up(memory.weights)
         own = OwnWeights(plan, trainable, memory.weights, number)
+        work = partial(objectives, plan, self.replica, self.name, self.train, number, None)
+        device = Device(plan, trainable, memory.units, request.body, work)
         try:
-            own.resume()
-            factor = rate(plan.recipe.lr_schedule, plan.recipe.warmup_frac, float(request.body["progress"]))
-            steps = self._steps(plan, number, memory, factor, own)
-            own.keep()
+            with device.working():
+                memory.begin(plan.optimizer, trainable.wire, self.replica.public, plan.recipe.local_steps)
+                own.resume()
+                factor = rate(plan.recipe.lr_schedule, plan.recipe.warmup_frac, float(request.body["progress"]))
+                steps = self._steps(plan, number, memory, factor, own)
+                own.keep()
+            memory.weights |= trainable.own()
             update = self._update(plan, memory, steps, factor)
             sending = replace(said_by(self.name, context), rng=stream(plan.recipe.seed, "codec", self.name, number))
             if self._secure is not None:
@@ -220,7 +227,8 @@ class Worker:
         finally:
             trainable.rollback()
         memory.carry(plan.optimizer)
-        facts: Facts = {} if self._private else {"loss_first": steps[0].loss, "loss": steps[-1].loss}
+        facts = device.told({} if self._private else {"loss_first": steps[0].loss, "loss": steps[-1].loss})
+        facts |= self._split.facts() if self._split is not None else {}
         self._remember(number, memory, codec_state, (payload, facts))
         if self._private:
             self._private.settle()
@@ -232,27 +240,25 @@ class Worker:
             update: Update = memory.outgoing(plan.optimizer, self.replica.trainable.update())
         else:
             update = pairs(steps, coefficient_limit(plan, vocabulary_of(self.replica.base.model), factor))
-        _require_finite(update, self.name)
+        if not finite(update) or (isinstance(update, SeedUpdate) and not update.coefs.size):
+            raise FederationError(f"client {self.name!r}: training left no finite update. Lower optimizer.lr.")
         return update
 
     def _steps(self, plan: Plan, number: int, memory: Memory, factor: float, own: OwnWeights) -> list[StepReport]:
-        recipe = plan.recipe
-        sampler = BatchSampler(len(self.train), recipe.batch_size, derive(recipe.seed, "batches", self.name))
-        pad_id = self.replica.base.tokenizer.pad_token_id
-        reports = []
-        for step in range(recipe.local_steps):
+        """The reports of the local steps; those that a split takes before them are about another loss."""
+        recipe, reports = plan.recipe, []
+        if self._split is not None:
+            work = self._split.objectives(plan, self.name, self.train, number)
+        else:
+            work = objectives(plan, self.replica, self.name, self.train, number, self._private)
+        for step, objective in enumerate(work):
             own.before_step(step)
-            at = (number - 1) * recipe.local_steps + step
-            rows = [self.train[i] for i in (self._private.batch() if self._private else sampler.indices(at))]
-            batches = micro_batches(rows, recipe, self.replica.model, pad_id)
-            release = self._private.slope if self._private else None
-            objective = BatchObjective(self.replica.model, batches, Compute.of(recipe), release)
             rng = step_stream(recipe, prober(plan, self.name), number, step)
             reports.append(
                 train_step(self.replica.trainable, plan.estimator, plan.optimizer, objective, memory, factor, rng)
             )
-            self._progress(f"round {number} step {step + 1}/{recipe.local_steps} {_told(reports[-1].loss)}")
-        return reports
+            self._progress(f"round {number} step {step + 1}/{recipe.steps_per_round} {_told(reports[-1].loss)}")
+        return reports[-recipe.local_steps :]
 
     def _set_probabilities(self, packed: bytes) -> None:
         from kilotune.aggregation.seed_sum import unpack_probabilities
@@ -289,12 +295,3 @@ def pairs(steps: list[StepReport], limit: float | None = None) -> SeedUpdate:
     if limit is not None:
         coefs = np.clip(coefs, np.float32(-limit), np.float32(limit))
     return SeedUpdate(np.array([s.index for s in logged], dtype=np.int64), coefs)
-
-
-def _require_finite(update: Update, name: str) -> None:
-    if isinstance(update, SeedUpdate):
-        finite = bool(np.isfinite(update.coefs).all()) and update.coefs.size > 0
-    else:
-        finite = all(bool(torch.isfinite(value).all()) for value in update.tensors.values())
-    if not finite:
-        raise FederationError(f"client {name!r}: training left no finite update. Lower optimizer.lr.")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from kilotune.core.rng import stream
+from kilotune.engine.choosers import CHOOSER
 from kilotune.engine.compose import Plan
 from kilotune.engine.facts import Facts
 from kilotune.engine.filetokenizer import light_tokenizer
@@ -31,6 +32,7 @@ class Workload:
     longest: int  # tokens of the longest row
     prompt: float  # tokens before an answer, and of
     held_out: int  # rows to evaluate
+    row: float = 0.0  # tokens of a row to train on, mean
 
     @property
     def peak_tokens(self) -> int:
@@ -57,12 +59,12 @@ def sample_rows(plan: Plan) -> Sample:
 
 def workload(plan: Plan, facts: Facts, sample: Sample, clients: int | None) -> Workload:
     """Steps as they will be cut, drawn from the sample."""
-    steps, labels = [], 0
+    steps, labels, packs = [], 0, facts.packs and CHOOSER not in plan.parametrization.gives
     for number, members in enumerate(sample.members):
         for turn in range(ceil(STEPS / len(sample.members))):
             order = stream(plan.recipe.seed, "plan", number, turn).permutation(len(members))[: plan.recipe.batch_size]
             batch = [members[i] for i in order]
-            steps.append(batch_tokens(batch, plan.recipe.micro_batch_tokens, facts.packs))
+            steps.append(batch_tokens(batch, plan.recipe.micro_batch_tokens, packs))
             labels += sum(example.num_labels for example in batch)
     examples = [example for members in sample.members for example in members]
     return Workload(
@@ -72,6 +74,7 @@ def workload(plan: Plan, facts: Facts, sample: Sample, clients: int | None) -> W
         max(len(example.input_ids) for example in examples),
         sum(len(example.prompt_ids) for example in examples) / len(examples),
         sample.held_out,
+        sum(len(example.input_ids) for example in examples) / len(examples),
     )
 
 

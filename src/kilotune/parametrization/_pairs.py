@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from kilotune.core.factors import component_axes, resized
 from kilotune.core.lazy import torch
 from kilotune.core.types import TensorUpdate
 from kilotune.parametrization import Parametrization, Trainable
 from kilotune.parametrization._direct import DirectTrainable
+from kilotune.parametrization._targets import select
 from kilotune.parametrization.peft import Peft
 
 if TYPE_CHECKING:
@@ -32,12 +33,16 @@ class PairsTrainable(DirectTrainable):
         self._axes = component_axes(params)
         self._whole: dict[str, Tensor] = {}  # the factors of the recipe's rank, while fewer components are trained
 
-    def narrow(self, rank: int) -> None:
-        """Until `rollback`, train the first components only; the others are not there at all."""
-        if all(self.wire[name].shape[axis] <= rank for name, axis in self._axes.items()):
+    def sources(self) -> dict[str, nn.Parameter]:
+        return {name: param for name, param in self.params.items() if param.numel()}
+
+    def narrow(self, components: dict[str, int]) -> None:
+        """Until `rollback`, train the first components of each tensor only; the others are not there at all."""
+        kept = {name: min(components[name], self.wire[name].shape[axis]) for name, axis in self._axes.items()}
+        if all(self.wire[name].shape[axis] == kept[name] for name, axis in self._axes.items()):
             return
         self._whole = dict(self.wire)
-        self._point_to({name: resized(self.wire[name], axis, rank) for name, axis in self._axes.items()})
+        self.point_to({name: resized(self.wire[name], axis, kept[name]) for name, axis in self._axes.items()})
 
     def update(self) -> TensorUpdate:
         """The factors as they are now, or zeros where none of them moved."""
@@ -47,7 +52,7 @@ class PairsTrainable(DirectTrainable):
 
     def rollback(self) -> None:
         if self._whole:
-            self._point_to(self._whole)
+            self.point_to(self._whole)
             self._whole = {}
         super().rollback()
 
@@ -65,7 +70,8 @@ class PairsTrainable(DirectTrainable):
         axis = self._axes[name]
         return self._anchor[name].narrow(axis, 0, self.wire[name].shape[axis])
 
-    def _point_to(self, factors: dict[str, Tensor]) -> None:
+    def point_to(self, factors: dict[str, Tensor]) -> None:
+        """Train these tensors in place of what is trained now; they may be of another shape."""
         for name, factor in factors.items():
             self.params[name].data = self.wire[name] = factor
 
@@ -80,10 +86,31 @@ class PairsMethod(Parametrization):
     targets: Literal["all-linear"] | tuple[str, ...] = Field(
         "all-linear", description="linear layers that get a pair, by their names"
     )
+    ranks: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        default_factory=dict,
+        description="components by names of layers or parts of them, the rest is not trained; none: all have `rank`",
+    )
+
+    @field_validator("ranks")
+    @classmethod
+    def _at_most_rank(cls, ranks: dict[str, int], info: ValidationInfo) -> dict[str, int]:
+        most = info.data.get("rank", 0)
+        if any(found > most for found in ranks.values()):
+            raise ValueError(f"ranks of at most parametrization.rank = {most}")
+        return ranks
 
     def narrow(self, trainable: Trainable) -> None:
         assert isinstance(trainable, PairsTrainable)
-        trainable.narrow(self.rank)
+        trainable.narrow(self.components(list(trainable.wire)))
+
+    def components(self, names: list[str]) -> dict[str, int]:
+        """How many components of each tensor are trained. Raises RecipeError for a name that fits none."""
+        if not self.ranks:
+            return dict.fromkeys(names, self.rank)
+        found = dict.fromkeys(names, 0)
+        for pattern, rank in self.ranks.items():
+            found |= {name: max(rank, found[name]) for name in select(names, (pattern,), "clients.ranks")}
+        return found
 
     def _wrapped(self, model: nn.Module, seed: int) -> tuple[nn.Module, dict[str, nn.Parameter]]:
         return adapted(model, seed, self.rank, self.scale, self.targets)

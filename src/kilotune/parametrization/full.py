@@ -7,13 +7,14 @@ Memory: one more copy of the trained weights while a federated round runs (rollb
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from kilotune.parametrization import Directions, Parametrization, Trainable
 from kilotune.parametrization._direct import DirectTrainable
-from kilotune.parametrization._targets import parameters
+from kilotune.parametrization._targets import parameters, select
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,6 +25,10 @@ class Full(Parametrization):
 
     def attach(self, model: nn.Module, *, basis: Directions | None, seed: int) -> Trainable:
         return DirectTrainable(model, parameters(model, self.targets))
+
+    def numbers(self, shapes: dict[str, tuple[int, ...]], hidden: int) -> dict[str, int]:
+        """Of the selected weights."""
+        return {name: prod(shapes[name]) for name in select(list(shapes), self.targets)}
 
 
 METHOD = Full

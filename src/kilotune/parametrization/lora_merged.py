@@ -33,11 +33,20 @@ class LoraMergedTrainable(PairsTrainable):
         self._weights = {a: everything[a.partition(A)[0] + ".base_layer.weight"] for _, a in self._pairs}
 
     def begin(self, root: int, forward_only: bool = False) -> None:
-        for b, a in self._pairs:
+        self._fresh(root)
+        super().begin(root, forward_only)
+
+    def _fresh(self, root: int) -> None:
+        """The pair a round starts with."""
+        for _, a in self._pairs:
             start, bound = self.wire[a], self.wire[a].shape[1] ** -0.5
             start.copy_(torch.from_numpy(stream(root, "lora_A", a).uniform(-bound, bound, tuple(start.shape))))
+        self._empty()
+
+    def _empty(self) -> None:
+        """Make the product zero."""
+        for b, _ in self._pairs:
             self.wire[b].zero_()
-        super().begin(root, forward_only)
 
     def _take(self, pairs: dict[str, Tensor]) -> None:
         for b, a in self._pairs:
@@ -50,8 +59,7 @@ class LoraMergedTrainable(PairsTrainable):
     def restore(self, tensors: dict[str, Tensor]) -> None:
         for name, weight in self._by_name().items():
             weight.data = tensors[name].clone()
-        for b, _ in self._pairs:
-            self.wire[b].zero_()
+        self._empty()
         self._anchor.clear()
 
     def _by_name(self) -> dict[str, nn.Parameter]:
