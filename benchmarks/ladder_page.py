@@ -80,8 +80,7 @@ class Rungs:
         columns = ["#", "protocol", "bytes per client", "up, a round", "down, a round", "rounds", "loss", "exact match"]
         columns += ["peak memory (GiB)"]
         first = [
-            ["", name, *[""] * 4, f"{loss:.3f}", percent(exact), ""]
-            for name, (loss, exact) in self.references.items()
+            ["", name, *[""] * 4, f"{loss:.3f}", percent(exact), ""] for name, (loss, exact) in self.references.items()
         ]
         rows = [[str(number), *self._cells(point)] for number, point in enumerate(self.points, start=1)]
         notes = [f"- {text}" for text in self.verdicts()]

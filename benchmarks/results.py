@@ -2,7 +2,7 @@
 
     python benchmarks/results.py --data DIR [--peers PYTHON] [--only replay federation]
 
-Points that are not run again keep the figures of their last run in --output. Everything takes under 40 minutes.
+Points that are not run again keep the figures of their last run in --output. Everything takes about 40 minutes.
 """
 
 import argparse

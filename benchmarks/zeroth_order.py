@@ -24,7 +24,7 @@ import kilotune  # noqa: F401 - before torch, so that its threads wait as in a r
 
 # isort: split
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from common import Measurement, paired_seconds, write_measurements
 from kilotune.core.rng import stream
@@ -70,8 +70,8 @@ def main() -> None:
                         rows.append(step_time(setting, label, path, size, pairs))
             if "loop" in args.only:
                 rows.append(against_the_loop(setting, label, args.data))
-        if "time" in args.only:
-            notes.append(profile(Setting(base, "kilotune_zeroth"), args.data))
+            if "time" in args.only:
+                notes.append(profile(setting, label, args.data))
     if "bits" in args.only:
         rows.append(bits_after_many_steps(base))
     notes.append(f"Load average at the end {os.getloadavg()[0]:.1f}.")
@@ -160,32 +160,34 @@ def row(
     )
 
 
-def profile(setting: Setting, path: Path) -> str:
-    """Where a step's time beyond its products goes: making the changed weights."""
+def profile(setting: Setting, label: str, path: Path) -> str:
+    """Where a step's time beyond its products goes: making the changed weights, and the update."""
     objective = setting.objective(path, 8)
     setting.step(objective)
     trainable: Any = setting.trainable
-    spent, calls, fill = 0.0, 0, trainable._fill
+    fill, slope = trainable._fill, trainable.slope
+    spent, calls = {"fill": 0.0, "slope": 0.0}, 0
 
-    def timed(*coords: Tensor) -> Callable[..., None]:
-        write = fill(*coords)
-
+    def timed(key: str, call: Callable[..., None]) -> Callable[..., None]:
         def count(*args: Any) -> None:
-            nonlocal spent, calls
+            nonlocal calls
             started = time.perf_counter()
-            write(*args)
-            spent, calls = spent + time.perf_counter() - started, calls + 1
+            call(*args)
+            spent[key] += time.perf_counter() - started
+            calls += key == "fill"
 
         return count
 
-    trainable._fill = timed
+    trainable._fill, trainable.slope = lambda *coords: timed("fill", fill(*coords)), timed("slope", slope)
     started = time.perf_counter()
     setting.step(objective)
     whole = time.perf_counter() - started
-    del trainable._fill
+    del trainable._fill, trainable.slope
     return (
-        f"Profile of one step, 8 rows: {whole:.2f} s, of which {spent:.2f} s in {calls} calls that write changed "
-        "weights into scratch (noise, sum and the reading of the weights, which the products then find in cache)."
+        f"Profile of one step, {label}, 8 rows: {whole:.2f} s, of which {spent['fill']:.2f} s in {calls} calls that "
+        "write changed weights into scratch (noise, sum and the reading of the weights, which the products find in the "
+        f"cache then), and {spent['slope']:.2f} s in the update, which for all weights reads and writes each of "
+        "them once more and makes its noise again; two forward passes do neither."
     )
 
 
