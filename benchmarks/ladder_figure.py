@@ -7,7 +7,8 @@ from kilotune.engine._svg import Axis, Series, line_chart, tick_text, ticks
 from ladder_page import OURS, Rungs
 
 SIZE = 600, 330
-GAP = 11  # between numbers beside points
+GAP = 11  # between labels beside points
+LETTER = 6  # width of a small letter, on the generous side
 STYLE = (
     "text{font:12px system-ui,sans-serif;fill:#1d2125}.small{font-size:10px}.middle{text-anchor:middle}"
     ".end{text-anchor:end}.grid{stroke:#dcdfda}line.across,polyline.across{stroke:#78807a;stroke-dasharray:5 4}"
@@ -36,35 +37,72 @@ def scatter(title: str, rungs: Rungs) -> str:
         body += line(x.start, y.at(loss), x.end, y.at(loss), "across")
         body += text(x.start + 4, y.at(loss) - 3, name, "small")
     places = [(x.at(log10(point.bytes)), y.at(min(point.loss, cap))) for point in points]
-    heights = apart(places)
-    for number, (point, (px, py), height) in enumerate(zip(points, places, heights, strict=True), start=1):
-        style = "c1" if point.recipe == OURS else "c2" if point in rungs.frontier else ""
+    styles = ["c1" if point.recipe == OURS else "c2" if point in rungs.frontier else "" for point in points]
+    for point, (px, py), style in zip(points, places, styles, strict=True):
         hint = escape(f"{point.label}: loss {point.loss:.3f}, {point.bytes:,} B")
         body += f'<circle class="{style}" cx="{px:.1f}" cy="{py:.1f}" r="4"><title>{hint}</title></circle>'
-        label, left = point.label if style else str(number), px > 0.75 * SIZE[0]
-        label += " ↑" if point.loss > cap else ""
-        body += text(px + (-7 if left else 7), height + 4, label, f"small {style} {'end' if left else ''}")
+    words = {(at,): point.label for at, (point, style) in enumerate(zip(points, styles, strict=True)) if style}
+    words |= {
+        group: numbers(group) for group in together(places, [at for at in range(len(points)) if (at,) not in words])
+    }
+    boxes = []
+    for group, label in words.items():
+        px, width = places[group[0]][0], LETTER * len(label)
+        left = px > 0.75 * SIZE[0]
+        boxes.append((px - 7 - width if left else px + 7, width, places[group[0]][1], left))
+    for (group, label), (start, width, _, left), height in zip(words.items(), boxes, apart(boxes), strict=True):
+        label += " ↑" if points[group[0]].loss > cap else ""
+        anchor = start + width if left else start
+        body += text(anchor, height + 4, label, f"small {styles[group[0]]} {'end' if left else ''}")
     return f'<svg viewBox="0 0 {SIZE[0]} {SIZE[1]}">{body}</svg>'
 
 
-def apart(places: list[tuple[float, float]]) -> list[float]:
-    """Heights of labels: those of points that lie near each other are moved down until none covers another."""
+def together(places: list[tuple[float, float]], which: list[int]) -> list[tuple[int, ...]]:
+    """Points that lie on each other share a label."""
+    groups: list[list[int]] = []
+    for at in which:
+        near = (
+            g for g in groups if max(abs(places[g[0]][0] - places[at][0]), abs(places[g[0]][1] - places[at][1])) < GAP
+        )
+        if (group := next(near, None)) is None:
+            groups.append([at])
+        else:
+            group.append(at)
+    return [tuple(group) for group in groups]
+
+
+def numbers(group: tuple[int, ...]) -> str:
+    """Their numbers in the table, runs of three or more shortened: 3, 7–10."""
+    runs: list[list[int]] = []
+    for number in (at + 1 for at in group):
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+
+
+def apart(boxes: list[tuple[float, float, float, bool]]) -> list[float]:
+    """Heights of labels (start, width, height, _): moved down until none covers another."""
     heights: dict[int, float] = {}
-    for index in sorted(range(len(places)), key=lambda i: places[i][1]):
-        near = [height for i, height in heights.items() if abs(places[i][0] - places[index][0]) < 3 * GAP]
-        heights[index] = max([places[index][1], *(height + GAP for height in near)])
-    return [heights[index] for index in range(len(places))]
+    for index in sorted(range(len(boxes)), key=lambda i: boxes[i][2]):
+        start, width, wanted, _ = boxes[index]
+        beside = [h for i, h in heights.items() if boxes[i][0] < start + width and start < boxes[i][0] + boxes[i][1]]
+        height = wanted
+        for other in sorted(beside):
+            height = max(height, other + GAP) if abs(other - height) < GAP else height
+        heights[index] = height
+    return [heights[index] for index in range(len(boxes))]
 
 
 def curves(title: str, rungs: Rungs) -> str:
-    """Loss against rounds, of all protocols in the rounds that most of them have; ours and the frontier by name."""
-    named = [*rungs.frontier, *(p for p in rungs.points if p.recipe == OURS and p not in rungs.frontier)]
+    """Loss against rounds, of all protocols with as many rounds as most; ours and the frontier by name."""
+    points = [point for point in rungs.points if point.result["rounds"] == rungs.rounds]
+    named = [point for point in points if point in rungs.frontier or point.recipe == OURS]
     series = []
-    for point in sorted(rungs.points, key=lambda p: p in named):  # the named ones above the others
+    for point in sorted(points, key=lambda p: p in named):  # the named ones above the others
         style = "c1" if point.recipe == OURS else "c2" if point in named else "faint"
-        seen = [
-            (r, min(loss, rungs.cap)) for r, loss in point.result["curve"] if loss is not None and r <= rungs.rounds
-        ]
+        seen = [(r, min(loss, rungs.cap)) for r, loss in point.result["curve"] if loss is not None]
         series.append(Series(point.label, seen, style))
     for name, (loss, _) in rungs.references.items():
         series.append(Series(name, [(0, loss), (rungs.rounds, loss)], "across"))

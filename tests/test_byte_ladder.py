@@ -19,7 +19,7 @@ from byte_ladder import PASSES, Ladder, Setting, federated, same_compute
 from kilotune.engine.compose import compose
 from kilotune.engine.runfolder import METRICS
 from kilotune.estimator.zeroth_order import NUM_PROBES
-from ladder_figure import GAP, apart, scatter
+from ladder_figure import GAP, apart, numbers, scatter, together
 from ladder_page import Point, Rungs
 
 SETTING = Setting("tiny", clients=2, rounds=4, local_steps=4, batch_size=2, limit=4, every=2)
@@ -68,11 +68,13 @@ def test_the_figure_shows_every_protocol_once_and_covers_no_label():
     points = [point(str(n), 10 ** (1 + n % 3) + n, 1.0 + n / 100) for n in range(12)]
     drawn = ElementTree.fromstring(scatter("all", Rungs(points, {"base": (3.0, 0.0)}, {}, [], 4)))
     assert len(drawn.findall("circle")) == len(points)
-    places = [(100.0 + n, 50.0 + n % 2) for n in range(6)] + [(400.0, 50.0)]
-    heights = apart(places)
+    boxes = [(100.0 + n, 20.0, 50.0 + n % 2, False) for n in range(6)] + [(400.0, 20.0, 50.0, False)]
+    heights = apart(boxes)
     assert heights[-1] == 50.0
     near = sorted(heights[:6])
     assert all(b - a >= GAP for a, b in pairwise(near))
+    assert together([(0.0, 0.0), (1.0, 2.0), (50.0, 0.0), (2.0, 1.0)], [0, 1, 2, 3]) == [(0, 1, 3), (2,)]
+    assert numbers((0, 3, 4, 5, 9, 10)) == "1, 4–6, 10, 11"
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import pairwise
 
 WIDTH, HEIGHT = 480, 264
 LEFT, TOP, BOTTOM = 48, 12, 40
@@ -185,13 +184,18 @@ def _line(series: Series, x: Axis, y: Axis, x_label: str, value: Callable[[float
 
 
 def _spread(heights: list[float]) -> list[float]:
-    """Move labels apart, keeping their order, so that none covers another."""
+    """Move labels apart as little as can be, keeping their order, so that none covers another."""
     order = sorted(range(len(heights)), key=lambda i: heights[i])
-    for above, below in pairwise(order):
-        overlap = LABEL_GAP - (heights[below] - heights[above])
-        if overlap > 0:
-            heights[above] -= overlap / 2
-            heights[below] += overlap / 2
+    blocks: list[tuple[float, int]] = []  # (sum, count) of labels that touch, each height less those of the ones above
+    for rank, i in enumerate(order):
+        total, count = heights[i] - rank * LABEL_GAP, 1
+        while blocks and blocks[-1][0] / blocks[-1][1] > total / count:
+            above, more = blocks.pop()
+            total, count = total + above, count + more
+        blocks.append((total, count))
+    tops = [total / count for total, count in blocks for _ in range(count)]
+    for rank, i in enumerate(order):
+        heights[i] = tops[rank] + rank * LABEL_GAP
     return heights
 
 

@@ -13,25 +13,27 @@ from kilotune.engine.facts import Facts
 
 __all__ = ["Budget", "parse_size", "propose"]
 
-PROTOCOLS = "docs/protocols.md, CLINC150, 12 steps"
+LADDER = "docs/byte_ladder.md, clinc150"
 DIAL = "docs/log.md: M is the dial, at the same compute"
 EXPECTED: tuple[tuple[str, tuple[str, ...], str], ...] = (
-    ("fedavg_lora", (), f"loss 0.819 ({PROTOCOLS})"),
+    ("fedavgm", (), f"loss 0.621 ({LADDER})"),
+    ("fedavg_lora", (), f"loss 0.850 ({LADDER})"),
     ("kilotune", ("basis.size=16384", "optimizer.lr=2.0e-2"), "loss 0.945 where M=4096 has 1.139 (docs/log.md)"),
-    ("kilotune", (), f"loss 1.115 ({PROTOCOLS})"),
-    ("mixed", (), f"loss 1.391 ({PROTOCOLS})"),
+    ("kilotune", (), f"loss 0.962 ({LADDER})"),
+    ("mixed", (), f"loss MIXED ({LADDER})"),
+    ("fed_sb", (), f"loss 1.292 ({LADDER})"),
     ("kilotune", ("basis.size=1024",), f"not measured; below M=4096 ({DIAL})"),
-    ("ferret", (), f"loss 1.994 ({PROTOCOLS})"),
-    ("kilotune_zeroth", (), f"loss 3.648 ({PROTOCOLS})"),
-    ("fedkseed_pro", (), f"loss 4.405 ({PROTOCOLS})"),
-    ("fedkseed", (), f"loss 4.421 ({PROTOCOLS})"),
+    ("ferret", (), f"loss 1.657 ({LADDER})"),
+    ("kilotune_zeroth", (), f"loss ZEROTH ({LADDER})"),
+    ("fedkseed_pro", (), f"loss 4.286 ({LADDER})"),
+    ("fedkseed", (), f"loss 4.286 ({LADDER})"),
     ("local_lora", (), "as fedavg_lora"),
     ("local_subspace", ("basis.size=16384", "optimizer.lr=1.0e-2"), f"not measured; above M=4096 ({DIAL})"),
     ("local_subspace", (), "as kilotune"),
     ("local_mezo", (), "forward passes only, as kilotune_zeroth"),
 )
-"""Recipes and dials, best expected quality first, and what the place in this order rests on. Recipes of all weights
-were not measured beside them and are not proposed."""
+"""Recipes and dials, best expected quality first, and what the place in this order rests on. Recipes that
+send all weights are not proposed."""
 MICRO_TOKENS = (1024, 512, 256, 128)
 SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 SIZES |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
