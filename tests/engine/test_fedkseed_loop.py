@@ -1,9 +1,14 @@
 """FedKSeed against its published loop: weights perturbed and restored in place, every direction added on its own."""
 
+import gzip
+import json
+from pathlib import Path
+
 import numpy as np
+import pytest
 import torch
 
-from federating import CLIENTS, plan, quiet, write_rows
+from federating import plan, quiet, write_rows
 from kilotune.codec.seed_scalar import SeedScalar
 from kilotune.core.noise import noise
 from kilotune.engine.batches import micro_batches
@@ -15,6 +20,7 @@ from kilotune.engine.step import BatchObjective
 from kilotune.engine.tuned import from_ledger
 
 K, ROUNDS, STEPS, RATE, EPSILON = 8, 2, 4, 4e-3, 1e-2
+CLINC = Path(__file__).parents[3] / "shared" / "data" / "clinc150.jsonl.gz"
 
 
 class PublishedLoop:
@@ -54,15 +60,39 @@ class PublishedLoop:
         return scalars
 
 
-def test_rounds_are_those_of_the_published_loop(base, tmp_path, monkeypatch):
+def made_rows(path):
+    """Of three clients, one of which has fewer."""
+    lines = write_rows(path).read_text().splitlines()
+    path.write_text("\n".join(lines[5:]) + "\n")
+
+
+def real_rows(path):
+    """The shortest rows of three clients, each with another number of them."""
+    with gzip.open(CLINC, "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in sorted(file, key=len)]
+    chosen = []
+    for client, count in {"utility": 3, "home": 2, "work": 1}.items():
+        for split, most in (("train", count), ("test", 1)):
+            chosen += [row for row in rows if (row["client"], row["split"]) == (client, split)][:most]
+    path.write_text("".join(json.dumps(row) + "\n" for row in chosen))
+
+
+REAL = pytest.param(
+    real_rows,
+    marks=[pytest.mark.shared, pytest.mark.skipif(not CLINC.exists(), reason="there is no shared data folder")],
+)
+
+
+@pytest.mark.parametrize("write", [made_rows, REAL])
+def test_rounds_are_those_of_the_published_loop(base, tmp_path, monkeypatch, write):
     """Kills: signs, rates, noise or weights of the clients other than published; steps from stale weights."""
-    data = write_rows(tmp_path / "rows.jsonl")
-    lines = data.read_text().splitlines()
-    data.write_text("\n".join(lines[5:]) + "\n")  # clients of unequal size
+    data = tmp_path / "rows.jsonl"
+    write(data)
     settings = (
         f"rounds={ROUNDS}",
         f"local_steps={STEPS}",
         "batch_size=100",
+        "data.max_length=512",
         f"basis.size={K}",
         "defences.enabled=false",
     )
@@ -90,7 +120,7 @@ def test_rounds_are_those_of_the_published_loop(base, tmp_path, monkeypatch):
     shares = {name: len(members) / sum(map(len, rows.values())) for name, members in rows.items()}
     for number in range(1, ROUNDS + 1):
         heard = np.zeros(K)
-        for name in CLIENTS:
+        for name in rows:
             ours = sent[number, sender_number(name)]
             loop.rebuild()
             scalars = loop.steps(name, ours.indices)

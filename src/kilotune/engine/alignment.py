@@ -9,6 +9,7 @@ Source: Xiao, Lin and Han, "Offsite-Tuning: Transfer Learning without Full Model
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,21 @@ import torch
 from torch import Tensor, nn
 
 from kilotune.core.errors import RunError
-from kilotune.core.rng import derive
+from kilotune.core.rng import derive, stream
+from kilotune.core.trainable import Trainable
+from kilotune.core.types import Batch
 from kilotune.engine.batches import BatchSampler, micro_batches
 from kilotune.engine.compute import Compute
 from kilotune.engine.files import read_tensors, write_tensors
 from kilotune.engine.loss import answer_loss
 from kilotune.engine.middle import Middle
 from kilotune.engine.replica import Replica
+from kilotune.engine.step import Memory, train_step
 from kilotune.engine.tokenize import Example
+from kilotune.estimator import Objective
+from kilotune.estimator.backprop import Backprop
 from kilotune.optimizer.adamw import AdamW
+from kilotune.parametrization.full import Full
 
 __all__ = ["align", "kd_loss", "load_aligned"]
 
@@ -54,57 +61,52 @@ class _Both(nn.Module):
         return output
 
 
+class _Matching(Objective):
+    """The loss on these rows; batches count by their labels. `kd` is what its parts have measured so far."""
+
+    def __init__(self, replica: Replica, rows: list[Example], outputs: dict[str, Tensor]) -> None:
+        recipe, self._model = replica.plan.recipe, replica.model
+        self._weight, self._outputs, self.kd = recipe.emulator.align_kd, outputs, 0.0
+        self._compute = replace(Compute.of(recipe), checkpointing=0.0)
+        self._batches = micro_batches(rows, recipe, self._model, replica.base.tokenizer.pad_token_id)
+        self._count = sum(batch.num_labels for batch in self._batches)
+
+    def parts(self) -> list[Callable[[], Tensor]]:
+        return [partial(self._part, batch) for batch in self._batches]
+
+    def _part(self, batch: Batch) -> Tensor:
+        share = batch.num_labels / self._count
+        with self._compute.around(self._model):
+            lm = answer_loss(self._model, batch)
+            kd = kd_loss(self._outputs["teacher"], self._outputs["student"])
+        self.kd += share * float(kd.detach())
+        return share * (self._weight * kd + (1 - self._weight) * lm)
+
+
 def align(replica: Replica, examples: Sequence[Example], emit: Emit) -> list[float]:
     """Train copies of the kept blocks on these examples and run them from then on; returns kd before every step.
 
-    Beside the full model, which stays as it is, the copies, their moments and one gradient are resident meanwhile.
+    Beside the full model, which stays as it is, the copies and their moments are resident meanwhile, and the gradient
+    of one tensor, or of all where a step takes several micro-batches.
     """
     middle, recipe = _middle(replica), replica.plan.recipe
-    section, rule = recipe.emulator, AdamW(lr=recipe.emulator.align_lr)
+    section, rule, memory = recipe.emulator, AdamW(lr=recipe.emulator.align_lr), Memory.empty()
     students, outputs = middle.copied(), dict[str, Tensor]()
     left = middle.layout.left
     middle.place({at: _Both(one, students.get(at), outputs, at == left) for at, one in middle.full.items()})
-    params, history = _tensors(students), list[float]()
-    states = {name: rule.init(param) for name, param in params.items()}
+    trainable, history = _trainable(students), list[float]()
     sampler = BatchSampler(len(examples), recipe.batch_size, derive(recipe.seed, "align"))
     try:
-        for param in params.values():
-            param.requires_grad_(True)
         for step in range(section.align_steps):
-            rows = [examples[i] for i in sampler.indices(step)]
-            gradients, kd = _gradients(replica, rows, params, outputs)
-            for name, param in params.items():
-                param.data.add_(rule.update(gradients[name], states[name], param.data, section.align_lr))
-            history.append(kd)
+            objective = _Matching(replica, [examples[i] for i in sampler.indices(step)], outputs)
+            train_step(trainable, Backprop(), rule, objective, memory, 1.0, stream(recipe.seed, "align", step))
+            history.append(objective.kd)
             emit({"event": "progress", "what": "aligning", "done": step + 1, "total": section.align_steps})
     finally:
-        for param in params.values():
-            param.requires_grad_(False)
         middle.kept = students
         middle.thin()
     emit({"event": "aligned", "steps": len(history), "kd_first": history[0], "kd_last": history[-1]})
     return history
-
-
-def _gradients(
-    replica: Replica, rows: list[Example], params: dict[str, nn.Parameter], outputs: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], float]:
-    """Of the loss on these rows, and its kd; batches count by their labels."""
-    recipe, model = replica.plan.recipe, replica.model
-    weight, compute = recipe.emulator.align_kd, replace(Compute.of(recipe), checkpointing=0.0)
-    batches = micro_batches(rows, recipe, model, replica.base.tokenizer.pad_token_id)
-    total, kd = sum(batch.num_labels for batch in batches), 0.0
-    sums = {name: torch.zeros_like(param) for name, param in params.items()}
-    for batch in batches:
-        share = batch.num_labels / total
-        with compute.around(model):
-            lm = answer_loss(model, batch)
-            distance = kd_loss(outputs["teacher"], outputs["student"])
-        loss = share * (weight * distance + (1 - weight) * lm)
-        for name, gradient in zip(params, torch.autograd.grad(loss, list(params.values())), strict=True):
-            sums[name] += gradient
-        kd += share * float(distance.detach())
-    return sums, kd
 
 
 def load_aligned(replica: Replica, folder: Path, encode: Callable[[str], list[Example]], emit: Emit) -> None:
@@ -119,14 +121,13 @@ def load_aligned(replica: Replica, folder: Path, encode: Callable[[str], list[Ex
     about = {"recipe_id": replica.plan.id, "base_digest": replica.base.digest}
     if not path.exists():
         align(replica, encode(section.align_path), emit)
-        write_tensors(path, {name: param.data for name, param in _tensors(middle.kept).items()}, about)
+        write_tensors(path, _trainable(middle.kept).state(), about)
         return
     stored, facts = read_tensors(path)
     if facts != about:
         raise RunError(f"{path}: is the emulator of another recipe or base. Use another --output.")
     middle.kept = middle.copied()
-    for name, param in _tensors(middle.kept).items():
-        param.data.copy_(stored[name])
+    _trainable(middle.kept).restore(stored)
     middle.thin()
 
 
@@ -136,6 +137,6 @@ def _middle(replica: Replica) -> Middle:
     return replica.middle
 
 
-def _tensors(blocks: dict[int, nn.Module]) -> dict[str, nn.Parameter]:
-    """Parameters by block and name, in a fixed order."""
-    return {f"{at}.{name}": param for at in sorted(blocks) for name, param in blocks[at].named_parameters()}
+def _trainable(blocks: dict[int, nn.Module]) -> Trainable:
+    """All their weights, by block and name."""
+    return Full().attach(nn.ModuleDict({str(at): block for at, block in blocks.items()}), basis=None, seed=0)

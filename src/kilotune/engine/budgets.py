@@ -26,6 +26,7 @@ from kilotune.core.types import State
 from kilotune.core.units import human_bytes, human_seconds
 from kilotune.engine import planner, workload
 from kilotune.engine.pairs import rank
+from kilotune.optimizer import Optimizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from kilotune.core.trainable import Trainable
     from kilotune.engine.compose import Plan
     from kilotune.estimator import Estimator, Objective
-    from kilotune.optimizer import Optimizer
 
 SMOOTHING = 0.85  # AdaLoRA, beta_1
 PRECISIONS = ("fp32", "bf16")
@@ -52,22 +52,27 @@ def triplet_worths(
 ) -> Worths:
     """Trains the adapters of `lora_svd` from their start, one batch after the other. The first batch moves e alone, so
     it takes two to tell."""
-    sensitivity: State = {}
-    memory: dict[str, State] = {}
-    lr = float(optimizer.lr)
+    from kilotune.engine.step import Memory, train_step  # with torch
 
-    def sink(name: str, gradient: "Tensor", start: int = 0, /) -> None:
-        value = trainable.wire[name]
-        felt = (value * gradient).abs()
-        old = sensitivity.get(name)
-        sensitivity[name] = felt * (1 - SMOOTHING) if old is None else old * SMOOTHING + felt * (1 - SMOOTHING)
-        if name not in memory:
-            memory[name] = optimizer.init(value)
-        trainable.move(name, optimizer.update(gradient, memory[name], value, lr))
-
+    memory, rule = Memory.empty(), _Sensing(rule=optimizer, lr=optimizer.lr)
     for number, objective in enumerate(objectives):
-        estimator.estimate(objective, trainable, stream(0, "probe", number), {}, sink)
+        train_step(trainable, estimator, rule, objective, memory, 1.0, stream(0, "probe", number))
+    sensitivity = {name: state["worth"] for name, state in memory.optimizer.items()}
     return {name: sorted(worths, reverse=True) for name, worths in _by_matrix(sensitivity).items()}
+
+
+class _Sensing(Optimizer):
+    """Another rule, which also remembers of every number what it is worth."""
+
+    rule: Optimizer
+
+    def init(self, param: "Tensor") -> State:
+        return self.rule.init(param) | {"worth": param.new_zeros(param.shape)}
+
+    def update(self, gradient: "Tensor", state: State, param: "Tensor", lr: float) -> "Tensor":
+        felt = (param * gradient).abs()
+        state["worth"].mul_(SMOOTHING).add_(felt * (1 - SMOOTHING))
+        return self.rule.update(gradient, state, param, lr)
 
 
 def _by_matrix(sensitivity: State) -> dict[str, list[float]]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from kilotune.core.factors import A, factor_pairs
 from kilotune.core.lazy import torch
 from kilotune.core.linalg import on_grid, truncated_svd
 from kilotune.core.rng import stream
-from kilotune.parametrization import Direction, Sink, Trainable
-from kilotune.parametrization._direct import DirectTrainable
+from kilotune.parametrization import Sink
+from kilotune.parametrization._derived import DerivedTrainable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 R = ".lora_R"
 
 
-class LoraSbTrainable(DirectTrainable):
+class LoraSbTrainable(DerivedTrainable):
     """A LoRA adapter with the factors A and B R: gradients of B R become those of R, and B R follows R."""
 
     accumulates = False
@@ -27,8 +26,7 @@ class LoraSbTrainable(DirectTrainable):
     def __init__(self, model: nn.Module, params: dict[str, nn.Parameter], bases: dict[str, Tensor]) -> None:
         """`params`: both factors of the adapter; `bases`: B by the name of B R."""
         pairs = factor_pairs(params)
-        self.products = {b: params[b] for b, _ in pairs}
-        super().__init__(model, self.products)
+        super().__init__(model, {b: params[b] for b, _ in pairs})
         self._bases = bases
         self._rights = {a: params[a].data for _, a in pairs}
         self._names = {b: a.partition(A)[0] + R for b, a in pairs}
@@ -37,24 +35,6 @@ class LoraSbTrainable(DirectTrainable):
 
     def pull(self, name: str, gradient: Tensor, sink: Sink) -> None:
         sink(self._names[name], self._bases[name].T @ gradient)
-
-    @contextmanager
-    def perturbed(self, direction: Direction | None, epsilon: float) -> Iterator[None]:
-        if direction is None:
-            yield
-            return
-        moved = self.probe(direction, epsilon)
-        kept = {b: product.data for b, product in self.products.items()}
-        try:
-            for name, b in self._sources.items():
-                self.products[b].data = self._bases[b] @ (self.wire[name] + moved[name])
-            yield
-        finally:
-            for b, product in self.products.items():
-                product.data = kept[b]
-
-    def both(self, direction: Direction, epsilon: float, parts: Sequence[Callable[[], Tensor]]) -> tuple[float, float]:
-        return Trainable.both(self, direction, epsilon, parts)
 
     def start_along(self, parts: Sequence[Callable[[], Tensor]], size: float, seed: int) -> None:
         """B, R and A of the best approximation of the first step of full tuning, -size · sign(gradient)."""
@@ -75,19 +55,7 @@ class LoraSbTrainable(DirectTrainable):
             self._bases[self._sources[name]].copy_(on_grid(u))
             right.copy_(on_grid(vt))
             self.wire[name].copy_(torch.diag(s))
-        self._follow(*self.wire)
-
-    def move(self, name: str, delta: Tensor, start: int = 0) -> None:
-        super().move(name, delta, start)
-        self._follow(name)
-
-    def rollback(self) -> None:
-        super().rollback()
-        self._follow(*self.wire)
-
-    def apply(self, changes: Iterable[tuple[str, Tensor]], root: int) -> None:
-        super().apply(changes, root)
-        self._follow(*self.wire)
+        self.follow(self.wire)
 
     def state(self) -> dict[str, Tensor]:
         lefts = {name.replace(R, ".lora_B"): self._bases[b] for name, b in self._sources.items()}
@@ -98,9 +66,9 @@ class LoraSbTrainable(DirectTrainable):
         for name, value in self.state().items():
             value.copy_(tensors[name])
         self._anchor.clear()
-        self._follow(*self.wire)
+        self.follow(self.wire)
 
-    def _follow(self, *names: str) -> None:
-        for name in names:
+    def follow(self, wire: dict[str, Tensor], *names: str) -> None:
+        for name in names or wire:
             b = self._sources[name]
-            torch.mm(self._bases[b], self.wire[name], out=self.products[b].data)
+            self.params[b].data = self._bases[b] @ wire[name]

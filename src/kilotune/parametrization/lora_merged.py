@@ -67,7 +67,7 @@ class LoraMergedTrainable(PairsTrainable):
 
 
 class LoraMerged(PairsMethod):
-    gives: ClassVar[frozenset[str]] = frozenset({"factor_pair", "fresh_start"})
+    gives: ClassVar[frozenset[str]] = frozenset({"values", "factor_pair", "fresh_start"})
 
     def attach(self, model: nn.Module, *, basis: Directions | None, seed: int) -> Trainable:
         return LoraMergedTrainable(*self._wrapped(model, seed), self.scale)

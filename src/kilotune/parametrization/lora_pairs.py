@@ -29,7 +29,7 @@ class LoraPairsTrainable(PairsTrainable):
 
 
 class LoraPairs(PairsMethod):
-    gives: ClassVar[frozenset[str]] = frozenset({"factor_pair", "adapter"})
+    gives: ClassVar[frozenset[str]] = frozenset({"values", "factor_pair", "adapter"})
 
     def attach(self, model: nn.Module, *, basis: Directions | None, seed: int) -> Trainable:
         return LoraPairsTrainable(*self._wrapped(model, seed), self.scale)

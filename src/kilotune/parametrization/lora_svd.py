@@ -14,8 +14,6 @@ Memory: P beside the pair, and what `lora_merged` takes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
@@ -26,7 +24,8 @@ from kilotune.core.lazy import torch
 from kilotune.core.linalg import one_thread
 from kilotune.core.rng import stream
 from kilotune.core.types import TensorUpdate
-from kilotune.parametrization import Direction, Directions, Sink, Trainable
+from kilotune.parametrization import Directions, Sink, Trainable
+from kilotune.parametrization._derived import DerivedTrainable
 from kilotune.parametrization._pairs import PairsMethod
 from kilotune.parametrization.lora_merged import LoraMergedTrainable
 
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 P, E = ".lora_P", ".lora_E"
 
 
-class LoraSvdTrainable(LoraMergedTrainable):
+class LoraSvdTrainable(DerivedTrainable, LoraMergedTrainable):
     """A LoRA adapter with the factors A = Q and B = P diag(e): gradients of B become those of P and e, B follows."""
 
     def __init__(self, model: nn.Module, params: dict[str, nn.Parameter], scale: float) -> None:
@@ -64,36 +63,11 @@ class LoraSvdTrainable(LoraMergedTrainable):
         sink(p, of_p)
         sink(e, of_e)
 
-    @contextmanager
-    def perturbed(self, direction: Direction | None, epsilon: float) -> Iterator[None]:
-        if direction is None:
-            yield
-            return
-        moved = {name: self.wire[name] + step for name, step in self.probe(direction, epsilon).items()}
-        kept = {name: param.data for name, param in self.params.items()}
-        try:
-            self._show(moved, *self._pairs)
-            yield
-        finally:
-            for name, param in self.params.items():
-                param.data = kept[name]
-
-    def both(self, direction: Direction, epsilon: float, parts: Sequence[Callable[[], Tensor]]) -> tuple[float, float]:
-        return Trainable.both(self, direction, epsilon, parts)
-
-    def move(self, name: str, delta: Tensor, start: int = 0) -> None:
-        super().move(name, delta, start)
-        self._show(self.wire, self._owners[name])
-
     def update(self) -> TensorUpdate:
         """B and A as they are now, or zeros where e did not move."""
         moved = any(self.wire[e].any() for _, e in self._names.values())
         make = torch.clone if moved else torch.zeros_like
         return TensorUpdate({name: make(param.data) for name, param in self.params.items()})
-
-    def rollback(self) -> None:
-        super().rollback()
-        self._show(self.wire, *self._pairs)
 
     def _fresh(self, root: int) -> None:
         with one_thread():
@@ -106,15 +80,14 @@ class LoraSvdTrainable(LoraMergedTrainable):
     def _empty(self) -> None:
         for _, e in self._names.values():
             self.wire[e].zero_()
-        self._show(self.wire, *self._pairs)
+        self.follow(self.wire)
 
     def point_to(self, factors: dict[str, Tensor]) -> None:
         self.wire.update(factors)
-        self._show(self.wire, *self._pairs)
+        self.follow(self.wire)
 
-    def _show(self, wire: dict[str, Tensor], *pairs: tuple[str, str]) -> None:
-        """Let the model compute with these P, e and Q."""
-        for b, a in pairs:
+    def follow(self, wire: dict[str, Tensor], *names: str) -> None:
+        for b, a in {self._owners[name] for name in names} or self._pairs:
             p, e = self._names[b]
             self.params[b].data, self.params[a].data = wire[p] * wire[e], wire[a]
 
@@ -125,7 +98,7 @@ def _orthonormal(rng: np.random.Generator, rows: int, columns: int) -> Tensor:
 
 
 class LoraSvd(PairsMethod):
-    gives: ClassVar[frozenset[str]] = frozenset({"factor_pair", "fresh_start", "directions"})
+    gives: ClassVar[frozenset[str]] = frozenset({"values", "factor_pair", "fresh_start", "directions"})
     example: ClassVar[dict[str, Any]] = {"scale": 8.0}
 
     scale: float = Field(0.5, gt=0, description="s of s · P diag(e) Q, the same for every rank; AirLLM: 32 / 64")

@@ -17,16 +17,14 @@ Memory: every batch is passed through the base once more; rows are padded, becau
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, model_validator
 
 from kilotune.core.lazy import torch
 from kilotune.core.rng import stream
-from kilotune.parametrization import Direction, Directions, Parametrization, Trainable
-from kilotune.parametrization._direct import DirectTrainable
+from kilotune.parametrization import Directions, Parametrization, Trainable
+from kilotune.parametrization._derived import DerivedTrainable
 from kilotune.parametrization._ssf import Pool
 
 if TYPE_CHECKING:
@@ -35,25 +33,13 @@ if TYPE_CHECKING:
 SPREAD = 0.02  # of the keys at their start; the authors' code cuts them off at 2, a hundred times as far
 
 
-class PoolTrainable(DirectTrainable):
-    """The sets and keys of a pool. Probes replace them: they are small, and a choice is made once for both halves of
-    a doubled batch."""
+class PoolTrainable(DerivedTrainable):
+    """The sets and keys of a pool. Probes replace them, because a choice is made once for both halves of a doubled
+    batch."""
 
-    @contextmanager
-    def perturbed(self, direction: Direction | None, epsilon: float) -> Iterator[None]:
-        if direction is None:
-            yield
-            return
-        try:
-            for name, moved in self.probe(direction, epsilon).items():
-                self.params[name].data = moved.add_(self.wire[name])
-            yield
-        finally:
-            for name, value in self.wire.items():
-                self.params[name].data = value
-
-    def both(self, direction: Direction, epsilon: float, parts: Sequence[Callable[[], Tensor]]) -> tuple[float, float]:
-        return Trainable.both(self, direction, epsilon, parts)
+    def follow(self, wire: dict[str, Tensor], *names: str) -> None:
+        for name in names or wire:
+            self.params[name].data = wire[name]
 
 
 class SsfPool(Parametrization):
