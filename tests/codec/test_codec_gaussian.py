@@ -1,14 +1,12 @@
-"""Gaussian levels: the table against its definition, sizes, values."""
-
-from itertools import pairwise
-from statistics import NormalDist
+"""Gaussian levels on the wire: sizes, values."""
 
 import numpy as np
 import pytest
 import torch
 
 from kilotune.codec import TensorUpdate, WireContext
-from kilotune.codec.gaussian import POSITIVE, Gaussian
+from kilotune.codec.gaussian import Gaussian
+from kilotune.core.levels import gaussian_levels
 from kilotune.core.rng import stream
 
 SHAPES = {"a": (13, 7), "b": (2000,), "c": ()}
@@ -22,27 +20,30 @@ def update() -> TensorUpdate:
     return TensorUpdate({name: torch.from_numpy(value) for name, value in values.items()})
 
 
-@pytest.mark.parametrize("bits", POSITIVE)
-def test_levels_are_medians_between_thresholds_halfway_between_levels(bits: int) -> None:
-    """Kills: means in place of medians (±0.798 for 1 bit); a digit mistyped. The table is rounded to 5e-7."""
-    levels = np.r_[-np.array(POSITIVE[bits])[::-1], POSITIVE[bits]]
-    below = [0.0, *(NormalDist().cdf(x) for x in (levels[1:] + levels[:-1]) / 2), 1.0]
-    medians = [NormalDist().inv_cdf((low + high) / 2) for low, high in pairwise(below)]
-    assert len(levels) == 2**bits
-    assert np.abs(levels - medians).max() <= 1.5e-6
-
-
 @pytest.mark.parametrize("bits", [1, 3])
 def test_numbers_become_the_nearest_level_of_their_tensor(bits: int) -> None:
-    """Kills: one mean for all tensors; the deviation forgotten; codes of another order."""
+    """Mean and deviation of the payload are those of a line through (level, number), by numpy's least squares.
+
+    Kills: one mean for all tensors; the deviation forgotten; codes of another order."""
     payload = Gaussian(bits=bits).encode(update(), WIRE, {})
     assert len(payload) == 22 + 3 * 8 + -(-(91 + 2000 + 1) * bits // 8)
     got = Gaussian(bits=bits).decode(payload, WIRE).tensors
-    half = torch.tensor(POSITIVE[bits], dtype=torch.float64)
+    levels = gaussian_levels(bits)
     for name, value in update().tensors.items():
-        x = value.double().reshape(-1)
-        mean, deviation = x.mean(), x.std(correction=0)
-        choices = mean + deviation * torch.cat([-half.flip(0), half])
-        nearest = choices[(x[:, None] - choices).abs().argmin(1)]
-        assert (got[name].reshape(-1) - nearest).abs().max() <= 2e-7 * (mean.abs() + 3 * deviation)
-        assert got[name].unique().numel() == (2**bits if value.numel() > 1 else 1)
+        x = value.double().reshape(-1).numpy()
+        if x.size == 1:
+            assert float(got[name]) == float(value)
+            continue
+        level = levels[np.abs((x - x.mean())[:, None] / x.std() - levels).argmin(1)]
+        line, *_ = np.linalg.lstsq(np.stack([np.ones_like(level), level], 1), x, rcond=None)
+        assert np.abs(got[name].reshape(-1).numpy() - line[0] - line[1] * level).max() <= 4e-7 * np.abs(x).max()
+        assert got[name].unique().numel() == 2**bits
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_numbers_on_levels_arrive_as_they_were(bits: int) -> None:
+    """Kills: the numbers' own deviation, which is less than that of the normal numbers the levels stand for."""
+    once = Gaussian(bits=bits).decode(Gaussian(bits=bits).encode(update(), WIRE, {}), WIRE)
+    again = Gaussian(bits=bits).decode(Gaussian(bits=bits).encode(once, WIRE, {}), WIRE)
+    for name, value in once.tensors.items():
+        torch.testing.assert_close(again.tensors[name], value, atol=0, rtol=2e-6)

@@ -75,4 +75,4 @@ def test_wrapped_codecs_compose_and_are_shown_as_they_are_written() -> None:
     other = build(override(plan.resolved(), ["uplink.codec.values.bits=7"]), "federate")
     assert other.id != plan.id
     shared = build(override(read("fedavg_lora"), ["uplink=randomk", "aggregation=trimmed_mean"]), "federate")
-    assert shared.uplink.traits == {"round_bound", "summable"}
+    assert shared.uplink.traits == {"round_bound", "summable", "values"}

@@ -74,7 +74,7 @@ def test_fed_sb_runs_under_client_level_privacy(base, data, tmp_path):
             "uplink 'dense' cannot send pairs whose rank it does not know. Use uplink: low",
         ),
         ("flora", ["downlink.name=dense"], "Use downlink: low_rank"),
-        ("flora", ["server_optimizer={name: sgd, lr: 0.5}"], "would scale both factors"),
+        ("flora", ["server_optimizer={name: sgd, lr: 0.5}"], "would scale the tensors"),
         ("flora", ["defences.gate=0.1"], "Use --set defences.gate=null"),
         ("flex_lora", ["aggregation={name: lora_fair}"], "'lora_fair' needs clients of one rank"),
         ("flora", ["clients=[{share: 0.5, rank: 9}]"], "got 9, expected at most parametrization.rank = 8"),

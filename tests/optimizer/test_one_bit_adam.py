@@ -1,5 +1,6 @@
 """1-bit Adam against Adam's own formulas, with and without signs on the wire."""
 
+import pytest
 import torch
 
 from kilotune.codec.dense import Dense
@@ -21,9 +22,10 @@ OPTIMA = torch.stack(
 OPTIMA[:, 0] = 0.0  # a number that never has a gradient
 
 
-def federate(rounds, warmup, codec):
+def federate(rounds, warmup, codec, floor=0.0):
     """Where the replicas are after every round, clients taking one step of sgd with rate 1."""
-    server, local = OneBitAdam(lr=LR, betas=BETAS, warmup=warmup), SharedMomentum(lr=1.0, rule=SGD())
+    server = OneBitAdam(lr=LR, betas=BETAS, warmup=warmup, floor=floor)
+    local = SharedMomentum(lr=1.0, rule=SGD())
     x, public, memories, states = torch.zeros(SIZE), {}, [Memory.empty() for _ in range(CLIENTS)], {}
     ups, down, walked = [{} for _ in range(CLIENTS)], {}, []
     for number in range(1, rounds + 1):
@@ -42,32 +44,38 @@ def federate(rounds, warmup, codec):
     return walked
 
 
-def adam(rounds, warmup):
-    """Adam of the mean gradient, without bias correction; v stays as it is after the warm-up."""
+def adam(rounds, warmup, floor=0.0):
+    """Adam of the mean gradient, without bias correction; after the warm-up v stays the mean it then is."""
     x, m, v, walked = torch.zeros(SIZE), torch.zeros(SIZE), torch.zeros(SIZE), []
     for number in range(1, rounds + 1):
         gradient = (x - OPTIMA).mean(0)
         m = BETAS[0] * m + (1 - BETAS[0]) * gradient
-        v = BETAS[1] * v + (1 - BETAS[1]) * gradient**2 if number <= warmup else v
+        if number <= warmup:
+            v = BETAS[1] * v + (1 - BETAS[1]) * gradient**2
+        elif number == warmup + 1:
+            v = v / (1 - BETAS[1] ** warmup)
+            v = torch.where(v > 0, torch.maximum(v, floor * v.mean()), v)
         x = x - LR * m / (v.sqrt() + 1e-8)
         walked.append(x.clone())
     return walked
 
 
-def test_with_whole_numbers_it_is_adam_and_then_momentum_with_a_frozen_variance():
-    """Kills: a bias correction; a variance that goes on; clients that send gradients where momentum is meant, or the
-    other way round; a momentum that enters twice. Bound: float32 sums of twenty steps."""
-    for ours, theirs in zip(federate(20, 8, Dense(dtype="fp32")), adam(20, 8), strict=True):
+@pytest.mark.parametrize("floor", [0.0, 0.5])
+def test_with_whole_numbers_it_is_adam_and_then_momentum_with_a_frozen_variance(floor):
+    """Kills: a bias correction of m, or of v while it is learned; a variance that goes on, or is frozen too small;
+    clients that send gradients where momentum is meant, or the other way round; a momentum that enters twice; a floor
+    under numbers that never had a gradient. Bound: float32 sums of twenty steps."""
+    for ours, theirs in zip(federate(20, 8, Dense(dtype="fp32"), floor), adam(20, 8, floor), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_with_signs_each_way_it_gets_where_adam_gets():
-    """On a problem whose gradients are of one size, as signs with one scale want it: after 200 rounds 3 % of the way is
-    left, without error feedback 23 %.
+    """On a problem whose gradients are of one size, as signs with one scale want it: after 400 rounds 2 % of the way is
+    left, without error feedback 21 %.
 
     Kills: signs without their error; a number without any gradient that a sign moves by lr · scale / eps."""
     signs = Warmup(rounds=8, first=Dense(dtype="fp32"), codec=Residual(codec=Sign()))
-    walked, optimum = federate(200, 8, signs), OPTIMA.mean(0)
+    walked, optimum = federate(400, 8, signs), OPTIMA.mean(0)
     assert torch.equal(walked[7], federate(8, 8, Dense(dtype="fp32"))[7])
     assert float(walked[-1][0]) == 0.0
     assert (walked[-1] - optimum).norm() < 0.1 * optimum.norm()

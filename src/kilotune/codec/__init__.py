@@ -26,7 +26,8 @@ class Codec(Method):
     Words in `gives`. pairs: what it decodes to are pairs, whatever it takes. summable: one number of a fixed meaning
     per place for every client, so that integers under masks may stand in for its own encoding. own_support: each
     sender chooses which numbers it sends. channel_bound: as many as its momentary channel carries. round_bound: a
-    payload means something in its own round only.
+    payload means something in its own round only. values: every number arrives, or the nearest there is for it, however
+    large it is beside its fellows.
     """
 
     takes: ClassVar[Literal["tensors", "seeds"]] = "tensors"

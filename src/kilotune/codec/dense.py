@@ -57,7 +57,7 @@ def from_wire(payload: bytes, dtype: str, count: int, offset: int) -> np.ndarray
 class Dense(Codec):
     """All numbers of a TensorUpdate."""
 
-    gives = frozenset({"summable"})
+    gives = frozenset({"values", "summable"})
 
     dtype: Literal["fp32", "fp16", "bf16"] = Field("fp16", description="element type on the wire; fp32 loses nothing")
 

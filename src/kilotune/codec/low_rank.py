@@ -27,7 +27,7 @@ MAGIC = b"LWR1"
 class LowRank(Codec):
     """Pairs of a rank that the receiver does not know beforehand."""
 
-    gives: ClassVar[frozenset[str]] = frozenset({"any_rank"})
+    gives: ClassVar[frozenset[str]] = frozenset({"values", "any_rank"})
 
     dtype: Literal["fp32", "fp16", "bf16"] = Field("fp16", description="element type on the wire; fp32 loses nothing")
 

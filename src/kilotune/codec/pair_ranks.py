@@ -33,7 +33,7 @@ COUNT = np.dtype("<u2")
 class PairRanks(Codec):
     """The first components of every pair."""
 
-    gives: ClassVar[frozenset[str]] = frozenset({"any_rank", "rank_each", "own_support"})
+    gives: ClassVar[frozenset[str]] = frozenset({"values", "any_rank", "rank_each", "own_support"})
 
     values: Annotated[Codec, Nested("codec")] = Field(default_factory=Dense, description="what carries the numbers")
 

@@ -39,7 +39,7 @@ class RankBudget(Codec):
     """Another codec around the components that fit."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"factor_pair", "fresh_start"})
-    gives: ClassVar[frozenset[str]] = frozenset({"any_rank", "rank_each", "own_support", "channel_bound"})
+    gives: ClassVar[frozenset[str]] = frozenset({"values", "any_rank", "rank_each", "own_support", "channel_bound"})
 
     snr: tuple[float, ...] = Field(
         (-5.0, 0.0, 5.0, 10.0, 15.0), min_length=1, description="dB, one of them in a round; AirLLM: these five"

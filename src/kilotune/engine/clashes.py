@@ -17,6 +17,7 @@ from kilotune.engine.secure.capabilities import secure_clashes
 from kilotune.engine.shards import sharding_clashes
 from kilotune.engine.split import split_clashes, split_warning
 from kilotune.engine.streaming import streaming_clashes
+from kilotune.engine.values import value_clashes
 
 if TYPE_CHECKING:
     from kilotune.engine.compose import Plan
@@ -32,6 +33,7 @@ def clashes(plan: "Plan") -> list[str]:
         *_server_clashes(plan),
         *_direction_clashes(plan),
         *pair_clashes(plan),
+        *value_clashes(plan),
         *personal_clashes(plan),
         *chooser_clashes(plan),
         *relay_clashes(plan),

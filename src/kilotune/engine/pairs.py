@@ -1,6 +1,6 @@
 """Pairs: what recipes need whose factor pairs are combined as products, and what clients of several ranks send.
 
-A parametrization that gives `factor_pair` sends the factors themselves; a rule that needs it combines B A.
+A parametrization that gives `factor_pair` sends the factors themselves (`values`); a rule that needs it combines B A.
 `fresh_start`: every round begins without an adapter, so that it may come to a product of any rank. `rank_sum`: it comes
 to the sum of the clients' ranks. `any_rank`: a codec that says the rank it sends. `equal_ranks`: a rule for clients of
 one rank.
@@ -55,27 +55,12 @@ def _gives(parametrization: str) -> frozenset[str]:
 
 
 def _rule_clashes(plan: "Plan") -> list[str]:
-    kind, rule, outer = plan.parametrization.method_name(), plan.aggregation, plan.server_optimizer
+    kind, rule = plan.parametrization.method_name(), plan.aggregation
     problems = []
     if "fresh_start" in rule.needs and "fresh_start" not in plan.parametrization.gives:
         problems.append(
             f"aggregation {rule.method_name()!r} makes pairs of a rank that grows with the clients, from which "
             f"parametrization {kind!r} cannot go on. Use parametrization: lora_merged, or aggregation: flex_lora."
-        )
-    if outer.method_name() != "sgd" or getattr(outer, "momentum", 0.0) > 0 or outer.lr != 1.0:
-        problems.append(
-            f"server_optimizer {outer.method_name()!r} of lr {outer.lr} would scale both factors of a product. "
-            "Use server_optimizer: {name: sgd, lr: 1.0, momentum: 0}."
-        )
-    if plan.recipe.streaming.overlap or plan.recipe.streaming.mixing:
-        problems.append(
-            f"streaming mixes weights of two rounds, but parametrization {kind!r} is sent whole factors. "
-            "Use --set streaming.overlap=0 and streaming.mixing=0, or parametrization: full."
-        )
-    if plan.recipe.defences.enabled and plan.recipe.defences.gate is not None:
-        problems.append(
-            f"defences.gate tries a round as a change of what is trained, but parametrization {kind!r} is sent whole "
-            "factors. Use --set defences.gate=null."
         )
     return problems
 
@@ -101,9 +86,10 @@ def _codec_clashes(plan: "Plan") -> list[str]:
         ("uplink", plan.uplink, several),
         ("downlink", plan.downlink, "rank_sum" in plan.aggregation.gives),
     ):
-        if "any_rank" not in codec.gives and (ranks or codec.method_name() != "dense"):
-            why = "pairs whose rank it does not know" if ranks else "factors that are no small changes"
-            problems.append(f"{way} {codec.method_name()!r} cannot send {why}. Use {way}: low_rank.")
+        if ranks and "any_rank" not in codec.gives:
+            problems.append(
+                f"{way} {codec.method_name()!r} cannot send pairs whose rank it does not know. Use {way}: low_rank."
+            )
     return problems
 
 
