@@ -45,14 +45,15 @@ from common import environment
 from kilotune.core.errors import KilotuneError
 from kilotune.core.rng import stream
 from kilotune.core.types import SeedUpdate, TensorUpdate, Update, WireContext
-from kilotune.engine.compose import Plan, build, override, read
-from kilotune.engine.evaluation import EvaluationReport
-from kilotune.engine.federation import Federation
+from kilotune.engine.composing.compose import build, override, read
+from kilotune.engine.composing.plan import Plan
 from kilotune.engine.flower.local import LocalExchange
 from kilotune.engine.flower.messages import Handler, Reply, Request
-from kilotune.engine.ledger import Ledger
-from kilotune.engine.models import Base, load_base
-from kilotune.engine.replica import Replica
+from kilotune.engine.model.base import Base, load_base
+from kilotune.engine.model.evaluation import EvaluationReport
+from kilotune.engine.rounds.federation import Federation
+from kilotune.engine.rounds.ledger import Ledger
+from kilotune.engine.rounds.replica import Replica
 from kilotune.engine.session import encode_rows, evaluator, header, split_rows
 from kilotune.engine.simulation import PackedRows, Simulation
 

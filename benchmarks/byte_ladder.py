@@ -31,7 +31,7 @@ from ladder_figure import curves, scatter, sheet
 from ladder_page import Point, Rungs, loss_of
 
 if TYPE_CHECKING:
-    from kilotune.engine.compose import Plan
+    from kilotune.engine.composing.plan import Plan
 
 HERE = Path(__file__).parent
 REFERENCES = "references"
@@ -104,7 +104,7 @@ class Job:
     @property
     def path(self) -> Path:
         """Its JSON file, below the output folder."""
-        from kilotune.engine.compose import override, read
+        from kilotune.engine.composing.compose import override, read
 
         content = override(read(self.recipe), list(self.changes)) | {"title": "", "source": ""}
         facts = json.dumps([content, asdict(self.setting)], sort_keys=True)
@@ -144,7 +144,7 @@ def main() -> None:
 
 def federated() -> list[str]:
     """The recipes of the ladder (`METHOD`, "Which"); one that cannot be read belongs to it, so that it is told."""
-    from kilotune.engine.compose import read, shipped
+    from kilotune.engine.composing.compose import read, shipped
 
     def belongs(name: str) -> bool:
         try:
@@ -160,7 +160,7 @@ def federated() -> list[str]:
 @cache
 def same_compute(recipe: str, setting: Setting, changes: tuple[str, ...]) -> tuple[str, ...]:
     """The changes that give each client of a recipe the compute of everybody else. Raises RecipeError."""
-    from kilotune.engine.compose import compose, override, read
+    from kilotune.engine.composing.compose import compose, for_group, override, read
 
     own = compose(recipe, "federate", list(changes))
     rounds, steps = setting.rounds, setting.local_steps
@@ -174,7 +174,7 @@ def same_compute(recipe: str, setting: Setting, changes: tuple[str, ...]) -> tup
     sets += [f"{path}={max(1, round(number * stretch))}" for path, number in counted_in_rounds(content)]
     groups = [dict(group) for group in content.get("clients", ())]
     for index, group in enumerate(groups):
-        follower = own.for_group(index)
+        follower = for_group(own, index)
         if follower.estimator.forward_only:
             group["local_steps"] = forward_steps(follower, setting, rounds)
         elif "local_steps" in group:
@@ -290,7 +290,7 @@ class Ladder:
 
     def grid(self, row: str, recipe: str) -> list[Job]:
         """The rates to try, with another seed; none where the recipe measures its rate itself."""
-        from kilotune.engine.compose import compose
+        from kilotune.engine.composing.compose import compose
 
         if not self.args.tuned:
             return []

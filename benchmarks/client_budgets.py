@@ -13,14 +13,14 @@ import torch
 import yaml
 
 from kilotune.core.units import human_bytes, human_seconds
-from kilotune.engine.budget import parse_size
-from kilotune.engine.budgets import Allowance, costs_of, portion, triplet_worths
-from kilotune.engine.compose import compose
-from kilotune.engine.models import load_base
-from kilotune.engine.objectives import objectives
-from kilotune.engine.replica import Replica
+from kilotune.engine.composing.compose import compose
+from kilotune.engine.model.base import load_base
+from kilotune.engine.planning.budget import parse_size
+from kilotune.engine.planning.budgets import Allowance, costs_of, portion, triplet_worths
+from kilotune.engine.rounds.replica import Replica
+from kilotune.engine.rows.shares import ALONE, split_rows
 from kilotune.engine.session import encode_rows
-from kilotune.engine.shares import ALONE, split_rows
+from kilotune.engine.training.objectives import objectives
 
 
 def quiet(event: dict[str, object]) -> None:

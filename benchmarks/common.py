@@ -19,7 +19,7 @@ import psutil
 
 def run_recipe(recipe: str, overrides: list[str], output: Path) -> dict[str, Any]:
     """The summary of `kilotune tune` or `federate`; a finished run is read, an unfinished one goes on."""
-    from kilotune.engine.compose import read
+    from kilotune.engine.composing.compose import read
 
     summary = output / "summary.json"
     if not summary.exists():

@@ -47,7 +47,7 @@ def main() -> None:
 
 def household_rows(path: Path, count: int) -> tuple[int, list[str]]:
     """Write the embedded data of some households to a file; returns rows and names."""
-    from kilotune.engine.households import generate
+    from kilotune.engine.rows.households import generate
 
     rows = generate(households=count)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -56,7 +56,7 @@ def household_rows(path: Path, count: int) -> tuple[int, list[str]]:
 
 def prepare_base() -> None:
     """Convert the embedded model once, before three processes want it at the same time."""
-    from kilotune.engine.models import load_base
+    from kilotune.engine.model.base import load_base
 
     load_base("smollm2-135m", writable=False)
 

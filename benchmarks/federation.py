@@ -169,7 +169,7 @@ PARTS = {"simulated": simulated, "deployed": deployed, "aggregation": aggregatio
 
 def simulate(folder: str, clients: str, per_round: str, rounds: str) -> dict[str, float]:
     """Wall time, time inside the training steps, and peak memory of one simulated run."""
-    from kilotune.engine.worker import Worker
+    from kilotune.engine.rounds.worker import Worker
 
     steps, spent = Worker._steps, []
 
@@ -204,9 +204,9 @@ def crowd(folder: str) -> dict[str, float]:
 
 
 def federated(settings: list[str], output: Path) -> dict[str, float]:
-    from kilotune.engine.compose import compose
+    from kilotune.engine.composing.compose import compose
     from kilotune.engine.memory import peak_rss
-    from kilotune.engine.models import load_base
+    from kilotune.engine.model.base import load_base
     from kilotune.engine.session import federate
 
     plan, started, rounds = compose("kilotune", "federate", settings), time.perf_counter(), []

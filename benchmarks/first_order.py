@@ -56,10 +56,10 @@ def main() -> None:
 def encoded(path: Path, count: int) -> tuple[list[dict[str, list[int]]], str]:
     """`count` training rows as tokens and labels, drawn over all clients, and the folder of the model."""
     from kilotune.core.rng import stream
-    from kilotune.engine.compose import build, override, read
-    from kilotune.engine.models import load_base
+    from kilotune.engine.composing.compose import build, override, read
+    from kilotune.engine.model.base import load_base
+    from kilotune.engine.model.sources import find_folder
     from kilotune.engine.session import encode_rows, split_rows
-    from kilotune.engine.sources import find_folder
 
     plan = build(override(read("local_lora"), [f"data.path={path}"]), "tune")
     (members,) = split_rows(plan, alone=True).clients.values()
@@ -143,14 +143,14 @@ def our_steps(job: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
 
     from kilotune.core.rng import stream
-    from kilotune.engine.batches import micro_batches
-    from kilotune.engine.compose import build, override, read
-    from kilotune.engine.compute import Compute
+    from kilotune.engine.composing.compose import build, override, read
     from kilotune.engine.memory import peak_rss
-    from kilotune.engine.replica import Replica
+    from kilotune.engine.model.compute import Compute
+    from kilotune.engine.rounds.replica import Replica
+    from kilotune.engine.rows.batches import micro_batches
+    from kilotune.engine.rows.tokenize import Example
     from kilotune.engine.session import open_base
-    from kilotune.engine.step import BatchObjective, Memory, train_step
-    from kilotune.engine.tokenize import Example
+    from kilotune.engine.training.step import BatchObjective, Memory, train_step
 
     changes = [f"optimizer.lr={job['lr']}", f"threads={job['threads']}"]
     plan = build(override(read(f"local_{job['method']}"), changes), "tune")

@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--limit", type=int, default=60, help="held-out rows, spread evenly over the households")
     args = parser.parse_args()
-    from kilotune.engine.households import names
+    from kilotune.engine.rows.households import names
 
     shared = [f"data.path=households:{args.households}", "data.system=", f"evaluation.limit={args.limit}"]
     steps = args.rounds * args.local_steps

@@ -3,7 +3,7 @@
 from html import escape
 from math import ceil, floor, log10
 
-from kilotune.engine._svg import Axis, Series, line_chart, tick_text, ticks
+from kilotune.engine.reporting._svg import Axis, Series, line_chart, tick_text, ticks
 from ladder_page import OURS, Rungs
 
 SIZE = 600, 330

@@ -84,7 +84,7 @@ def table(path: Path, results: dict[str, dict[str, Any]]) -> None:
 
 def chart(path: Path, results: dict[str, dict[str, Any]]) -> None:
     """Held-out loss by epsilon; the run without privacy as a line across."""
-    from kilotune.engine._svg import Series, line_chart
+    from kilotune.engine.reporting._svg import Series, line_chart
 
     points = sorted((s["privacy"]["epsilon"], s["eval"]["after"]["loss"]) for s in results.values() if "privacy" in s)
     without = results["no privacy"]["eval"]["after"]["loss"]

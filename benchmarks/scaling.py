@@ -247,11 +247,11 @@ def step(size: str, basis: str, rows: str, length: str) -> dict[str, float]:
 
     from kilotune.codec import TensorUpdate
     from kilotune.core.rng import stream
-    from kilotune.engine.batches import micro_batches
-    from kilotune.engine.compose import compose
-    from kilotune.engine.models import Base
-    from kilotune.engine.replica import Replica
-    from kilotune.engine.step import BatchObjective, Memory, train_step
+    from kilotune.engine.composing.compose import compose
+    from kilotune.engine.model.base import Base
+    from kilotune.engine.rounds.replica import Replica
+    from kilotune.engine.rows.batches import micro_batches
+    from kilotune.engine.training.step import BatchObjective, Memory, train_step
 
     import_all()
     before = rss()
@@ -377,7 +377,7 @@ def llama(size: str) -> Any:
 
 def random_rows(rows: int, length: int) -> list[Any]:
     """Examples of different tokens, half of each an answer."""
-    from kilotune.engine.tokenize import Example
+    from kilotune.engine.rows.tokenize import Example
 
     made = []
     for index in range(rows):
@@ -436,7 +436,7 @@ SMALLEST = {"s": 1e-6, "bytes": 1.0}  # unit of the charts: microseconds and byt
 
 def draw(folder: Path, curve: Curve) -> None:
     """Both axes as powers of ten; dashed, the promised slope through the last point."""
-    from kilotune.engine._svg import Series, line_chart
+    from kilotune.engine.reporting._svg import Series, line_chart
 
     unit = SMALLEST[curve.unit]
     xs, ys = [math.log10(x) for x in curve.xs], [math.log10(max(y / unit, 1.0)) for y in curve.ys]

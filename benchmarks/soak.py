@@ -152,7 +152,7 @@ def lie(words: list[str]) -> None:
     from kilotune.core.types import TensorUpdate
     from kilotune.engine import deployed
     from kilotune.engine.flower.messages import Reply, Request
-    from kilotune.engine.worker import Worker
+    from kilotune.engine.rounds.worker import Worker
 
     class Liar(Worker):
         before: tuple[bytes, ...] = ()
@@ -181,8 +181,8 @@ def lie(words: list[str]) -> None:
 
 def report(soak: Soak) -> int:
     """Write soak.md and soak.json; 0 when everything holds."""
-    from kilotune.engine.ledger import Ledger
     from kilotune.engine.operations.runview import reason_class
+    from kilotune.engine.rounds.ledger import Ledger
 
     server = soak.folder / "server"
     ledger = Ledger.load(server)  # refuses a broken chain, a missing payload, a round that is there twice

@@ -19,10 +19,10 @@ LOAD = f"""
 import time
 started = time.perf_counter()
 import torch, transformers
-from kilotune.engine.lean import lean_imports
+from kilotune.engine.model.lean import lean_imports
 with lean_imports():
     from transformers.models.llama import modeling_llama
-from kilotune.engine.models import load_base
+from kilotune.engine.model.base import load_base
 imported = time.perf_counter()
 load_base({BASE!r}, writable=True)
 print(imported - started, time.perf_counter() - imported)
@@ -30,9 +30,9 @@ print(imported - started, time.perf_counter() - imported)
 TOKEN = f"""
 import time
 started = time.perf_counter()
-from kilotune.engine.lean import unhurried_gc
+from kilotune.engine.model.lean import unhurried_gc
 with unhurried_gc():
-    from kilotune.engine.talking import Talker
+    from kilotune.engine.model.talking import Talker
 talker = Talker({BASE!r}, None, False, 0.0, 8)
 next(talker.tuned([{{"role": "user", "content": "What is the capital of France?"}}]))
 print(time.perf_counter() - started)
@@ -42,7 +42,7 @@ import time
 started = time.perf_counter()
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from kilotune.engine.sources import find_folder
+from kilotune.engine.model.sources import find_folder
 folder = str(find_folder({BASE!r}, None, None, None))
 model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 turns = [{{"role": "user", "content": "What is the capital of France?"}}]

@@ -29,12 +29,13 @@ from torch import nn
 from common import Measurement, paired_seconds, write_measurements
 from kilotune.core.rng import stream
 from kilotune.core.trainable import Trainable
-from kilotune.engine.batches import micro_batches
-from kilotune.engine.compose import Plan, build, read
-from kilotune.engine.data import load_rows
-from kilotune.engine.models import Base, load_base
-from kilotune.engine.step import BatchObjective, Memory, train_step
-from kilotune.engine.tokenize import Example, encode
+from kilotune.engine.composing.compose import build, read
+from kilotune.engine.composing.plan import Plan
+from kilotune.engine.model.base import Base, load_base
+from kilotune.engine.rows.batches import micro_batches
+from kilotune.engine.rows.data import load_rows
+from kilotune.engine.rows.tokenize import Example, encode
+from kilotune.engine.training.step import BatchObjective, Memory, train_step
 
 PAIRS, LONG_PAIRS, MEZO_PAIRS = 6, 3, 2
 SPEED, SPACE, FASTER = 1.15, 1.1, 2.0

@@ -5,12 +5,13 @@ from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
-from kilotune.engine.compose import Plan, build, override
-from kilotune.engine.compose import read as read_recipe
-from kilotune.engine.models import load_base
-from kilotune.engine.replica import Replica
+from kilotune.engine.composing.compose import build, override
+from kilotune.engine.composing.compose import read as read_recipe
+from kilotune.engine.composing.plan import Plan
+from kilotune.engine.model.base import load_base
+from kilotune.engine.rounds.replica import Replica
+from kilotune.engine.rounds.worker import Worker
 from kilotune.engine.session import encode_rows, evaluator, header, split_rows
-from kilotune.engine.worker import Worker
 from tiny import save_tiny
 
 CLIENTS = ("ada", "bob", "cyd")

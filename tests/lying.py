@@ -9,11 +9,11 @@ import numpy as np
 
 from federating import quiet
 from kilotune.core.types import SeedUpdate, TensorUpdate, Update
-from kilotune.engine.federation import Federation
 from kilotune.engine.flower.local import LocalExchange
 from kilotune.engine.flower.messages import Reply, Request
-from kilotune.engine.ledger import Ledger
-from kilotune.engine.replica import Replica
+from kilotune.engine.rounds.federation import Federation
+from kilotune.engine.rounds.ledger import Ledger
+from kilotune.engine.rounds.replica import Replica
 from kilotune.engine.session import encode_rows, evaluator, header, open_base, split_rows
 from kilotune.engine.simulation import PackedRows, Simulation
 

@@ -19,8 +19,8 @@ from kilotune.engine.flower.messages import (
     seal_of,
 )
 from kilotune.engine.flower.seals import Desk
-from kilotune.engine.identity import Heads
-from kilotune.engine.ledger import Contribution, Header, Ledger
+from kilotune.engine.rounds.identity import Heads
+from kilotune.engine.rounds.ledger import Contribution, Header, Ledger
 
 RUN = "0f" * 16
 HEADER = Header("tiny", "aa" * 32, "0" * 16, 1, {})

@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "kilotune"
 FILES = sorted(path for path in SOURCE.rglob("*.py"))
 LAYERS = {"core": 0, **dict.fromkeys(KINDS, 1), "engine": 2, "cli": 3}
 HOMES = {
-    "peft": ("parametrization/peft.py", "engine/export.py"),
+    "peft": ("parametrization/peft.py", "engine/model/export.py"),
     "flwr": ("engine/flower/",),
     "typer": ("cli/",),
     "transformers": ("engine/",),
@@ -46,6 +46,30 @@ def test_imports_point_down_and_kinds_never_meet():
             other = name.split(".")[1] if name.startswith("kilotune.") else home
             if other in LAYERS and other != home:
                 assert LAYERS[other] < LAYERS[home], f"{path.relative_to(SOURCE)} imports {name}"
+
+
+def test_no_modules_import_one_another_in_a_circle():
+    """Type checking and imports within functions count. Kills: two files that can only be understood together."""
+    left = {module_of(path): modules(path) for path in FILES}
+    while free := [name for name, others in left.items() if not any(other in left for other in others)]:
+        for name in free:
+            del left[name]
+    assert not left, f"in a circle, or above one: {', '.join(sorted(left))}"
+
+
+def module_of(path: Path) -> str:
+    return ".".join(("kilotune", *path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def modules(path: Path) -> list[str]:
+    """Modules of the project that a file imports, names taken from a package counted as modules where they are."""
+    known = {module_of(other) for other in FILES} - {module_of(path)}
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            deeper = [f"{node.module}.{alias.name}" for alias in node.names]
+            found += [name if name in known else node.module for name in deeper]
+    return [name for name in found if name in known]
 
 
 def test_each_heavy_library_has_one_home():

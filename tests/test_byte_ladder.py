@@ -16,7 +16,7 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
 import byte_ladder
 from byte_ladder import PASSES, Ladder, Setting, federated, same_compute
-from kilotune.engine.compose import compose
+from kilotune.engine.composing.compose import compose, for_group
 from kilotune.engine.runfolder import METRICS
 from kilotune.estimator.zeroth_order import NUM_PROBES
 from ladder_figure import GAP, apart, numbers, scatter, together
@@ -40,7 +40,7 @@ def test_every_recipe_has_the_compute_of_all_others(recipe):
     """Kills: a protocol that looks better because it may work more."""
     plan = compose(recipe, "federate", list(same_compute(recipe, SETTING, ("seed=0",))))
     allowed = PASSES * SETTING.rounds * SETTING.local_steps
-    for follower in [plan, *(plan.for_group(index) for index in range(len(plan.recipe.clients)))]:
+    for follower in [plan, *(for_group(plan, index) for index in range(len(plan.recipe.clients)))]:
         assert allowed - 3 * PASSES <= passes(follower) <= allowed
         assert follower.recipe.batch_size == SETTING.batch_size
     assert plan.recipe.seed == 0

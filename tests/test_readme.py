@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from federating import CLIENTS, write_rows
 from kilotune.cli.main import app
-from kilotune.engine import slices
+from kilotune.engine.planning import slices
 from tiny import save_tiny
 
 ROOT = Path(__file__).parent.parent
@@ -93,8 +93,8 @@ def test_links_between_pages_lead_somewhere(page):
 
 def test_the_page_of_papers_is_what_recipes_and_docstrings_say():
     """Kills: a method without a row; a row without a source."""
-    from kilotune.engine.catalogue import catalogue
-    from kilotune.engine.papers import papers_page
+    from kilotune.engine.reporting.catalogue import catalogue
+    from kilotune.engine.reporting.papers import papers_page
 
     assert (ROOT / "docs" / "papers.md").read_text(encoding="utf-8") == papers_page(ROOT), "run `make docs`"
     assert [entry["name"] for entry in catalogue() if not entry["paper"]] == []

@@ -5,10 +5,11 @@ import math
 import pytest
 
 from federating import plan, quiet
-from kilotune.engine.compose import compose, read, shipped
-from kilotune.engine.federation import Federation
-from kilotune.engine.planner import payload_bytes
-from kilotune.engine.session import federate, tune
+from kilotune.engine.alone import tune
+from kilotune.engine.composing.compose import compose, read, shipped
+from kilotune.engine.planning.planner import payload_bytes
+from kilotune.engine.rounds.federation import Federation
+from kilotune.engine.session import federate
 
 FEDERATED = [name for name in shipped() if read(name).get("rounds")]
 SMALL = ("batch_size=2", "evaluation.limit=3")

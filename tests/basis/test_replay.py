@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from federating import plan as small_plan
 from kilotune.core.errors import WireError
 from kilotune.core.types import SeedUpdate, TensorUpdate
-from kilotune.engine import replica as replicas
-from kilotune.engine.models import load_base, weights_digest
-from kilotune.engine.replica import Replica
+from kilotune.engine.model.base import load_base, weights_digest
+from kilotune.engine.rounds import replica as replicas
+from kilotune.engine.rounds.replica import Replica
 from tiny import save_tiny
 
 KINDS = {

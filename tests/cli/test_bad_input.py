@@ -17,8 +17,10 @@ from command_line import federated, kilotune, small
 
 from kilotune.cli.display import Display
 from kilotune.core.errors import KilotuneError
-from kilotune.engine import files, memory, seedfile, sources
-from kilotune.engine.ledger import LEDGER, Ledger, canonical
+from kilotune.engine import files, memory
+from kilotune.engine.afterwards import seedfile
+from kilotune.engine.model import sources
+from kilotune.engine.rounds.ledger import LEDGER, Ledger, canonical
 from kilotune.engine.runfolder import RunFolder
 from tiny import save_tiny
 

@@ -10,7 +10,7 @@ from command_line import federated, kilotune, small
 
 from kilotune import __version__
 from kilotune.cli.main import app
-from kilotune.engine.compose import shipped
+from kilotune.engine.composing.compose import shipped
 
 LOSS_ONLY = ("--max-new-tokens", 0, "--max-length", 64, "--format", "json")
 FIGURES = {"loss", "perplexity", "exact_match", "rouge_l", "num_examples"}

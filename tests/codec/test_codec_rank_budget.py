@@ -13,9 +13,9 @@ from kilotune.codec.rank_budget import RankBudget
 from kilotune.core.errors import IncompatibleError
 from kilotune.core.factors import factor_pairs, used_rank
 from kilotune.core.rng import stream
-from kilotune.engine.budgets import matrix_of
-from kilotune.engine.loss import answer_loss
-from kilotune.engine.step import BatchObjective, Memory, train_step
+from kilotune.engine.model.loss import answer_loss
+from kilotune.engine.planning.budgets import matrix_of
+from kilotune.engine.training.step import BatchObjective, Memory, train_step
 from kilotune.estimator.backprop import Backprop
 from kilotune.optimizer.adamw import AdamW
 from kilotune.parametrization.lora_svd import LoraSvd, LoraSvdTrainable

@@ -10,9 +10,9 @@ from kilotune.basis.tiled import Tiled
 from kilotune.core.noise import noise
 from kilotune.core.registry import find, names
 from kilotune.core.rng import stream
-from kilotune.engine.loss import answer_loss
-from kilotune.engine.step import BatchObjective, Memory, train_step
-from kilotune.engine.worker import pairs
+from kilotune.engine.model.loss import answer_loss
+from kilotune.engine.rounds.worker import pairs
+from kilotune.engine.training.step import BatchObjective, Memory, train_step
 from kilotune.estimator import Objective
 from kilotune.estimator.backprop import Backprop
 from kilotune.estimator.zeroth_order import ZerothOrder

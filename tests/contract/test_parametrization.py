@@ -8,8 +8,8 @@ from kilotune.basis.tiled import Tiled
 from kilotune.core.errors import RecipeError
 from kilotune.core.registry import find, names
 from kilotune.core.rng import stream
-from kilotune.engine.loss import answer_loss
-from kilotune.engine.step import BatchObjective, Memory, train_step
+from kilotune.engine.model.loss import answer_loss
+from kilotune.engine.training.step import BatchObjective, Memory, train_step
 from kilotune.estimator.backprop import Backprop
 from kilotune.estimator.zeroth_order import ZerothOrder
 from kilotune.optimizer.adamw import AdamW

@@ -6,7 +6,7 @@ import pytest
 from mpmath import binomial, exp, log, mp, mpf, sqrt
 
 from kilotune.core.errors import RecipeError, RunError
-from kilotune.engine.accountant import ORDERS, Accountant, Release, calibrate, epsilon_of
+from kilotune.engine.privacy.accountant import ORDERS, Accountant, Release, calibrate, epsilon_of
 
 DELTA = 1e-5
 EVERYBODY = Release(100, 100, 3.0, replaces=False)

@@ -8,16 +8,16 @@ import torch
 from federating import CLIENTS, plan, quiet
 from kilotune.core.errors import IncompatibleError, RecipeError, WireError
 from kilotune.core.rng import stream
-from kilotune.engine.arms import Learnt, Orders
-from kilotune.engine.device import ordered
 from kilotune.engine.files import read_tensors
-from kilotune.engine.fused import fuse
-from kilotune.engine.models import load_base
-from kilotune.engine.outcome import ServerState
-from kilotune.engine.pruning import blocks_of, kept_before, left, most_important, only, weight_scores, work
-from kilotune.engine.replica import Replica
+from kilotune.engine.model.base import load_base
+from kilotune.engine.model.fused import fuse
+from kilotune.engine.partial.arms import Learnt, Orders
+from kilotune.engine.partial.device import ordered
+from kilotune.engine.partial.pruning import blocks_of, kept_before, left, most_important, only, weight_scores, work
+from kilotune.engine.rounds.outcome import ServerState
+from kilotune.engine.rounds.replica import Replica
+from kilotune.engine.rounds.tally import Tally
 from kilotune.engine.session import federate
-from kilotune.engine.tally import Tally
 from tiny import tiny_batch
 
 ONE_ARM = ("arms.pruning=[0.5]", "arms.ranks=[4]", "parametrization.rank=4", "local_steps=1", "evaluation.limit=2")

@@ -9,13 +9,13 @@ import pytest
 
 from federating import plan, quiet
 from kilotune.core.errors import WireError
-from kilotune.engine.audit import audit
-from kilotune.engine.book import append_entry, read_entries
-from kilotune.engine.ledger import LEDGER, Ledger
-from kilotune.engine.models import load_base
-from kilotune.engine.replica import Replica
+from kilotune.engine.afterwards.audit import audit
+from kilotune.engine.afterwards.withdraw import withdraw
+from kilotune.engine.model.base import load_base
+from kilotune.engine.rounds.book import append_entry, read_entries
+from kilotune.engine.rounds.ledger import LEDGER, Ledger
+from kilotune.engine.rounds.replica import Replica
 from kilotune.engine.session import federate
-from kilotune.engine.withdraw import withdraw
 from lying import prepared, times
 
 SMALL = ("local_steps=1", "batch_size=2", "evaluation.limit=3")
@@ -199,7 +199,7 @@ def test_epsilon_of_each_round_is_told_and_nobody_named(base, data, tmp_path):
 
 def test_contribution_is_the_loss_without_minus_the_loss_with(run, data, tmp_path):
     """Kills: the sign; the loss of a client's share alone; a run that is measured with the rest of another."""
-    from kilotune.engine.measure import measure
+    from kilotune.engine.afterwards.measure import measure
 
     def loss(folder) -> float:
         return measure(str(folder), str(data), "all", None, 0, 64, None, None, quiet)["overall"]["loss"]

@@ -4,7 +4,7 @@ import json
 import math
 
 from kilotune.core.rng import stream
-from kilotune.engine.bandit import Arm, Bandit
+from kilotune.engine.partial.bandit import Arm, Bandit
 
 LEVELS, RANKS, DEVICES = 5, 4, 10
 BEST = (Arm(0, 1), Arm(1, 2), Arm(2, 0), Arm(4, 3))

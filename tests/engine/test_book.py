@@ -6,10 +6,11 @@ import pytest
 
 from federating import plan, quiet
 from kilotune.core.errors import FederationError, RunError
-from kilotune.engine import book as book_module
-from kilotune.engine.book import Book, Entry, append_entry
-from kilotune.engine.ledger import Ledger
-from kilotune.engine.session import federate, tune
+from kilotune.engine.alone import tune
+from kilotune.engine.rounds import book as book_module
+from kilotune.engine.rounds.book import Book, Entry, append_entry
+from kilotune.engine.rounds.ledger import Ledger
+from kilotune.engine.session import federate
 from lying import prepared
 
 FACTS = {"round": 2, "num_examples": 7, "loss": 1.25}

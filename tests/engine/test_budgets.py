@@ -14,8 +14,8 @@ from kilotune.codec.pair_ranks import PairRanks
 from kilotune.core.errors import IncompatibleError, RecipeError
 from kilotune.core.factors import factor_pairs
 from kilotune.core.rng import stream
-from kilotune.engine.budgets import Allowance, Costs, groups, matrix_of, portion, sides_of, triplet_worths
-from kilotune.engine.step import BatchObjective, Memory, train_step
+from kilotune.engine.planning.budgets import Allowance, Costs, groups, matrix_of, portion, sides_of, triplet_worths
+from kilotune.engine.training.step import BatchObjective, Memory, train_step
 from kilotune.estimator import Objective
 from kilotune.estimator.backprop import Backprop
 from kilotune.optimizer.adamw import AdamW

@@ -3,7 +3,7 @@
 import pytest
 
 from kilotune.core.errors import RecipeError
-from kilotune.engine.compose import build, override, read
+from kilotune.engine.composing.compose import build, override, read
 
 QUIET = ["defences.enabled=false", "secure_aggregation.enabled=true", "keep_contributions=never"]
 

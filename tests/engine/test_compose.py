@@ -3,7 +3,7 @@
 import pytest
 
 from kilotune.core.errors import IncompatibleError, RecipeError
-from kilotune.engine.compose import build, compose, override, read, shipped
+from kilotune.engine.composing.compose import build, compose, for_group, override, read, shipped
 
 
 def problems(content, mode="federate"):
@@ -114,7 +114,7 @@ def test_client_groups_take_the_clients_in_order_of_name():
     plan = compose("mixed", "federate")
     roster = ["d", "b", "a", "c"]
     assert [plan.group_of(name, roster) for name in ("a", "b", "c", "d")] == [0, 0, -1, -1]
-    follower = plan.for_group(0)
+    follower = for_group(plan, 0)
     assert follower.estimator.method_name() == "zeroth_order"
     assert follower.uplink == plan.uplink
     assert follower.root(3) == plan.root(3)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from kilotune.engine import compute
-from kilotune.engine.compute import Compute
-from kilotune.engine.step import BatchObjective
+from kilotune.engine.model import compute
+from kilotune.engine.model.compute import Compute
+from kilotune.engine.training.step import BatchObjective
 from tiny import tiny_batch, tiny_llama
 
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kilotune.core.errors import DataError, RecipeError
-from kilotune.engine.batches import BatchSampler
-from kilotune.engine.data import (
+from kilotune.engine.rows.batches import BatchSampler
+from kilotune.engine.rows.data import (
     Row,
     data_digest,
     default_partition,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from federating import CLIENTS, plan, quiet
-from kilotune.engine.measure import replay
+from kilotune.engine.afterwards.measure import replay
 from kilotune.engine.session import federate
 
 pytestmark = pytest.mark.processes

@@ -13,21 +13,21 @@ from transformers import LlamaForCausalLM
 
 from federating import content, deeper, independent, plan, quiet
 from kilotune.core.errors import ModelError, RecipeError, RunError
-from kilotune.engine.alignment import align, load_aligned
-from kilotune.engine.compose import build
-from kilotune.engine.emulator import BLOCK, layout, require_deployable, thinned, unread
-from kilotune.engine.facts import read_facts
+from kilotune.engine.composing.compose import build
+from kilotune.engine.composing.recipe import EmulatorSection
 from kilotune.engine.flower.local import LocalExchange
 from kilotune.engine.flower.messages import Request
-from kilotune.engine.ledger import Ledger
-from kilotune.engine.models import load_base
-from kilotune.engine.planner import payload_bytes, wire_numbers
-from kilotune.engine.recipe import EmulatorSection
-from kilotune.engine.replica import Replica
+from kilotune.engine.model.base import load_base
+from kilotune.engine.model.tuned import open_tuned
+from kilotune.engine.partial.alignment import align, load_aligned
+from kilotune.engine.partial.emulator import BLOCK, layout, require_deployable, thinned, unread
+from kilotune.engine.planning.facts import read_facts
+from kilotune.engine.planning.planner import payload_bytes, wire_numbers
+from kilotune.engine.planning.slices import LARGE, SMALL, _Slice
+from kilotune.engine.rounds.ledger import Ledger
+from kilotune.engine.rounds.replica import Replica
+from kilotune.engine.rows.shares import split_rows
 from kilotune.engine.session import encode_rows, evaluator, federate
-from kilotune.engine.shares import split_rows
-from kilotune.engine.slices import LARGE, SMALL, _Slice
-from kilotune.engine.tuned import open_tuned
 
 TOKENS = torch.arange(3, 19).reshape(2, 8)
 SMALLER = ("batch_size=2", "evaluation.limit=3")

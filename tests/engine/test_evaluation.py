@@ -11,9 +11,9 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from engine.tiny_tokenizer import tiny_tokenizer
 from kilotune.core.rng import stream
-from kilotune.engine.evaluation import EvaluationReport, Figures, evaluate
-from kilotune.engine.generation import default_stop_ids, generate, stream_tokens
-from kilotune.engine.tokenize import Example
+from kilotune.engine.model.evaluation import EvaluationReport, Figures, evaluate
+from kilotune.engine.model.generation import default_stop_ids, generate, stream_tokens
+from kilotune.engine.rows.tokenize import Example
 from tiny import tiny_llama
 
 NEW = 9

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from engine.tiny_tokenizer import tiny_tokenizer
 from kilotune.core.errors import ModelError
 from kilotune.core.rng import stream
-from kilotune.engine import export
-from kilotune.engine.export import export_model, export_peft, merged
-from kilotune.engine.models import load_base, weights_digest
+from kilotune.engine.model import export
+from kilotune.engine.model.base import load_base, weights_digest
+from kilotune.engine.model.export import export_model, export_peft, merged
 from tiny import save_tiny, tiny_llama
 
 TOKENS = torch.tensor([[5, 6, 7, 8, 9]])

@@ -10,12 +10,12 @@ from federating import CLIENTS, independent, plan, quiet, write_rows
 from kilotune.core.errors import FederationError, IncompatibleError, RunError, WireError
 from kilotune.core.rng import stream
 from kilotune.core.types import SeedUpdate
-from kilotune.engine.federation import Federation
 from kilotune.engine.flower.local import LocalExchange
-from kilotune.engine.guard import bounded
-from kilotune.engine.ledger import Ledger
-from kilotune.engine.models import load_base
-from kilotune.engine.replica import Replica
+from kilotune.engine.model.base import load_base
+from kilotune.engine.rounds.federation import Federation
+from kilotune.engine.rounds.guard import bounded
+from kilotune.engine.rounds.ledger import Ledger
+from kilotune.engine.rounds.replica import Replica
 from kilotune.engine.session import federate, header
 
 LOSS = 0.3
@@ -274,7 +274,7 @@ def test_a_late_answer_counts_in_a_later_round_with_less_weight(base, data, tmp_
 
 def test_without_the_option_a_late_answer_is_refused(base, data, tmp_path):
     """Kills: rounds that mix answers of several states although nobody asked for it."""
-    from kilotune.engine.late import Lateness
+    from kilotune.engine.rounds.late import Lateness
 
     recipe = plan(base, data, "kilotune", "basis.refresh=run")
     _, ledger = server_of(recipe, base, tmp_path)
@@ -355,7 +355,7 @@ def test_a_disk_that_is_full_for_one_simulated_client_ends_the_run(base, data, t
             raise RunError(f"{path}: the disk is full.")
         return 0
 
-    monkeypatch.setattr("kilotune.engine.clientstate.append_entry", full)
+    monkeypatch.setattr("kilotune.engine.rounds.clientstate.append_entry", full)
     with pytest.raises(RunError, match="the disk is full"):
         federate(recipe, tmp_path / "run", quiet)
     monkeypatch.undo()

@@ -8,17 +8,17 @@ import torch
 
 from federating import CLIENTS, content, independent, plan, quiet
 from kilotune.core.errors import FederationError, RunError, WireError
-from kilotune.engine import seedfile
-from kilotune.engine.batches import micro_batches
-from kilotune.engine.compose import build
-from kilotune.engine.federation import Federation
+from kilotune.engine.afterwards import seedfile
+from kilotune.engine.afterwards.measure import replay
+from kilotune.engine.composing.compose import build
 from kilotune.engine.flower.local import LocalExchange
-from kilotune.engine.ledger import Ledger
-from kilotune.engine.measure import replay
-from kilotune.engine.models import load_base
-from kilotune.engine.replica import Replica
+from kilotune.engine.model.base import load_base
+from kilotune.engine.rounds.federation import Federation
+from kilotune.engine.rounds.ledger import Ledger
+from kilotune.engine.rounds.replica import Replica
+from kilotune.engine.rows.batches import micro_batches
 from kilotune.engine.session import encode_rows, federate, header, split_rows
-from kilotune.engine.step import BatchObjective
+from kilotune.engine.training.step import BatchObjective
 from tiny import save_tiny
 
 

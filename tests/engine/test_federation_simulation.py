@@ -8,9 +8,9 @@ import torch
 from federating import plan, quiet, write_rows
 from kilotune.core.errors import DataError
 from kilotune.engine import simulation
-from kilotune.engine.clientstate import ClientState, RoundLog
+from kilotune.engine.rounds.clientstate import ClientState, RoundLog
+from kilotune.engine.rows.shares import split_rows
 from kilotune.engine.session import federate
-from kilotune.engine.shares import split_rows
 from kilotune.engine.simulation import PackedRows
 
 FEW = ("schedule={name: uniform, clients_per_round: 3}", "local_steps=1", "batch_size=2")

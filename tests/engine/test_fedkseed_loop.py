@@ -11,13 +11,13 @@ import torch
 from federating import plan, quiet, write_rows
 from kilotune.codec.seed_scalar import SeedScalar
 from kilotune.core.noise import noise
-from kilotune.engine.batches import micro_batches
-from kilotune.engine.bounds import sender_number
-from kilotune.engine.ledger import Ledger
-from kilotune.engine.models import load_base
+from kilotune.engine.model.base import load_base
+from kilotune.engine.model.tuned import from_ledger
+from kilotune.engine.rounds.bounds import sender_number
+from kilotune.engine.rounds.ledger import Ledger
+from kilotune.engine.rows.batches import micro_batches
 from kilotune.engine.session import encode_rows, federate, split_rows
-from kilotune.engine.step import BatchObjective
-from kilotune.engine.tuned import from_ledger
+from kilotune.engine.training.step import BatchObjective
 
 K, ROUNDS, STEPS, RATE, EPSILON = 8, 2, 4, 4e-3, 1e-2
 CLINC = Path(__file__).parents[3] / "shared" / "data" / "clinc150.jsonl.gz"

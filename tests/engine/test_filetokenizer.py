@@ -6,11 +6,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from engine.tiny_tokenizer import tiny_tokenizer
-from kilotune.engine.data import load_rows
-from kilotune.engine.filetokenizer import open_tokenizer
-from kilotune.engine.recipe import DataSection
-from kilotune.engine.sources import find_folder
-from kilotune.engine.tokenize import encode
+from kilotune.engine.composing.recipe import DataSection
+from kilotune.engine.model.sources import find_folder
+from kilotune.engine.rows.data import load_rows
+from kilotune.engine.rows.filetokenizer import open_tokenizer
+from kilotune.engine.rows.tokenize import encode
 
 TEXTS = ["", "the room 21", "\nzebra  ", "häßlich 漢字 🙂", "<|im_start|>user\nhi<|im_end|>", "a <|nothing|> b"]
 TURNS = [{"role": "user", "content": "Hi <|im_end|> {{ x }}"}, {"role": "assistant", "content": "thé {% y %}"}]

@@ -18,10 +18,10 @@ from transformers import (
 )
 
 from kilotune.core.rng import stream
-from kilotune.engine.batches import lay_out
-from kilotune.engine.fused import fuse
-from kilotune.engine.loss import answer_loss
-from kilotune.engine.tokenize import Example
+from kilotune.engine.model.fused import fuse
+from kilotune.engine.model.loss import answer_loss
+from kilotune.engine.rows.batches import lay_out
+from kilotune.engine.rows.tokenize import Example
 from tiny import fill, tiny_batch, tiny_llama
 
 SIZES = {

@@ -13,20 +13,20 @@ from federating import plan, quiet, write_rows
 from kilotune.core.errors import IncompatibleError, WireError
 from kilotune.core.rng import stream
 from kilotune.core.types import SeedUpdate, TensorUpdate
-from kilotune.engine import guard as guard_module
-from kilotune.engine.book import Book
-from kilotune.engine.bounds import coefficient_limit, loss_cap
-from kilotune.engine.clashes import warnings
-from kilotune.engine.compose import build
-from kilotune.engine.guard import Guard, Mark, Verdict, bounded, capped, lower_median, norm_of
-from kilotune.engine.ledger import Contribution, Ledger, Record
-from kilotune.engine.measure import replay
-from kilotune.engine.models import load_base
-from kilotune.engine.replica import Replica
+from kilotune.engine.afterwards.measure import replay
+from kilotune.engine.composing.clashes import warnings
+from kilotune.engine.composing.compose import build
+from kilotune.engine.model.base import load_base
+from kilotune.engine.rounds import guard as guard_module
+from kilotune.engine.rounds.book import Book
+from kilotune.engine.rounds.bounds import coefficient_limit, loss_cap
+from kilotune.engine.rounds.guard import Guard, Mark, Verdict, bounded, capped, lower_median, norm_of
+from kilotune.engine.rounds.ledger import Contribution, Ledger, Record
+from kilotune.engine.rounds.replica import Replica
+from kilotune.engine.rounds.tally import Answer, outer_step
+from kilotune.engine.rounds.worker import pairs
 from kilotune.engine.session import federate
-from kilotune.engine.step import StepReport
-from kilotune.engine.tally import Answer, outer_step
-from kilotune.engine.worker import pairs
+from kilotune.engine.training.step import StepReport
 from lying import changed, claiming, prepared, times
 
 SEEDS = ("optimizer={name: sgd, lr: 0.002}", "lr_schedule=linear")

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from kilotune.core.errors import DataError
-from kilotune.engine import households
-from kilotune.engine.data import load_rows
-from kilotune.engine.households import generate, number_words, write_jsonl
+from kilotune.engine.rows import households
+from kilotune.engine.rows.data import load_rows
+from kilotune.engine.rows.households import generate, number_words, write_jsonl
 
 
 @pytest.fixture(scope="module")

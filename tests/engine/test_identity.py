@@ -11,8 +11,8 @@ import pytest
 import kilotune
 from kilotune.core.errors import FederationError, RunError, WireError
 from kilotune.engine.flower.messages import Request
-from kilotune.engine.identity import HEADS, HistoryError, compare_heads, open_identity, read_heads
 from kilotune.engine.operations.doctor import examine
+from kilotune.engine.rounds.identity import HEADS, HistoryError, compare_heads, open_identity, read_heads
 from sealing import ask, federation, follow, history
 
 
@@ -150,11 +150,11 @@ def test_a_cut_line_is_no_round_and_a_folder_of_another_client_is_refused(tmp_pa
 def test_a_run_keeps_its_name_and_its_starts_only_rise(tmp_path, monkeypatch):
     """Kills: a new run at every start; a clock that was set back and makes all requests look old."""
     first = open_identity(tmp_path)
-    monkeypatch.setattr("kilotune.engine.identity.time.time", lambda: 5.0)
+    monkeypatch.setattr("kilotune.engine.rounds.identity.time.time", lambda: 5.0)
     second, third = open_identity(tmp_path), open_identity(tmp_path)
     assert {identity.run for identity in (first, second, third)} == {first.run}
     assert first.start < second.start < third.start
-    monkeypatch.setattr("kilotune.engine.identity.time.time", lambda: first.start + 1000.0)
+    monkeypatch.setattr("kilotune.engine.rounds.identity.time.time", lambda: first.start + 1000.0)
     os.replace(tmp_path / "identity.json", tmp_path / "backup")
     (tmp_path / "identity.json").write_text(json.dumps(dataclasses.asdict(first)))  # restored from before the others
     assert open_identity(tmp_path).start > third.start

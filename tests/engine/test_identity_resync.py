@@ -3,13 +3,13 @@
 import pytest
 
 from federating import CLIENTS, plan, quiet
-from kilotune.engine.federation import Federation
-from kilotune.engine.identity import HistoryError, read_heads
-from kilotune.engine.ledger import Ledger
-from kilotune.engine.models import load_base
-from kilotune.engine.replica import Replica
+from kilotune.engine.model.base import load_base
+from kilotune.engine.rounds.federation import Federation
+from kilotune.engine.rounds.identity import HistoryError, read_heads
+from kilotune.engine.rounds.ledger import Ledger
+from kilotune.engine.rounds.replica import Replica
+from kilotune.engine.rounds.worker import Worker
 from kilotune.engine.session import encode_rows, evaluator, federate, header, split_rows
-from kilotune.engine.worker import Worker
 from sealing import Ends
 
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig, Qwen2Config
 
 from engine.tiny_tokenizer import tiny_tokenizer
-from kilotune.engine import sources
+from kilotune.engine.model import lean, sources
 from tiny import save_tiny
 
 SMALL = {
@@ -47,7 +47,7 @@ def test_a_model_read_is_the_one_that_transformers_loads(tmp_path):
     """Kills: buffers left empty, ties lost, a generation or attention setting that only `from_pretrained` makes."""
     tokens = torch.arange(3, 11)[None]
     for folder in families(tmp_path):
-        with sources.quietly():
+        with lean.quietly():
             ours = sources.read_model("x", folder)
             theirs = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
         for kind in ("named_parameters", "named_buffers"):
@@ -71,9 +71,9 @@ def test_after_a_lean_import_the_compiler_is_there_and_was_not_loaded(tmp_path):
     program = f"""
 import sys, torch
 from pathlib import Path
-from kilotune.engine import sources
+from kilotune.engine.model import lean, sources
 before = torch.compiler.disable, torch.compiler.allow_in_graph
-with sources.quietly():
+with lean.quietly():
     model = sources.read_model("x", Path({str(folder)!r}))
 model(input_ids=torch.arange(4)[None])
 assert not {{"torch._dynamo", "torch._inductor", "sympy", "torch.distributed.tensor"}} & set(sys.modules), "loaded"
@@ -81,7 +81,7 @@ assert before == (torch.compiler.disable, torch.compiler.allow_in_graph)
 from transformers import utils
 assert utils.is_torch_distributed_available() == torch.distributed.is_available()
 assert "torch.distributed.tensor" not in sys.modules
-with sources.quietly():
+with lean.quietly():
     other = sources.read_model("x", Path({str(folder)!r}))
 from peft import LoraConfig, get_peft_model
 tuned = get_peft_model(other, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))

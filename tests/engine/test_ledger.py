@@ -5,9 +5,9 @@ import json
 import pytest
 
 from kilotune.core.errors import RunError, WireError
-from kilotune.engine import ledger as ledger_module
-from kilotune.engine import seedfile
-from kilotune.engine.ledger import LEDGER, Contribution, Header, Ledger
+from kilotune.engine.afterwards import seedfile
+from kilotune.engine.rounds import ledger as ledger_module
+from kilotune.engine.rounds.ledger import LEDGER, Contribution, Header, Ledger
 
 HEADER = Header("tiny", "ab" * 32, "0123456789abcdef", 1, {"seed": 0})
 PAYLOADS = [bytes([n]) * (10 + n) for n in range(4)]

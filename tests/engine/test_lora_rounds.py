@@ -9,12 +9,12 @@ import pytest
 from federating import plan, quiet
 from kilotune.core.errors import IncompatibleError, RecipeError
 from kilotune.core.factors import A, factor_pairs
-from kilotune.engine.book import read_entries
-from kilotune.engine.ledger import Ledger
-from kilotune.engine.models import load_base
-from kilotune.engine.redo import CONTRIBUTIONS, Shelf
+from kilotune.engine.afterwards.redo import CONTRIBUTIONS, Shelf
+from kilotune.engine.model.base import load_base
+from kilotune.engine.model.tuned import from_ledger
+from kilotune.engine.rounds.book import read_entries
+from kilotune.engine.rounds.ledger import Ledger
 from kilotune.engine.session import federate
-from kilotune.engine.tuned import from_ledger
 
 SHORT = ("local_steps=1", "evaluation.limit=2")
 

@@ -6,8 +6,8 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from kilotune.core.types import Batch
-from kilotune.engine import loss
-from kilotune.engine.loss import answer_loss, label_losses
+from kilotune.engine.model import loss
+from kilotune.engine.model.loss import answer_loss, label_losses
 from kilotune.parametrization._overlay import Overlay
 from tiny import fill, tiny_batch, tiny_llama
 

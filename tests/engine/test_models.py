@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from engine.tiny_tokenizer import tiny_tokenizer
 from kilotune.core.errors import ModelError
-from kilotune.engine import cache, memory, sources
+from kilotune.engine import cache, memory
 from kilotune.engine.cache import build_folder, remembered, staged_folder
-from kilotune.engine.models import load_base, load_tokenizer, weights_digest
+from kilotune.engine.model import sources
+from kilotune.engine.model.base import load_base, load_tokenizer, weights_digest
 from tiny import save_tiny, tiny_llama
 
 
@@ -114,7 +115,7 @@ def test_digest_is_the_documented_formula():
 def test_digest_is_remembered_until_the_file_changes(folder, monkeypatch):
     """Kills: hashing at every start; a stale digest for changed weights."""
     first = load_base(str(folder)).digest
-    from kilotune.engine import models
+    from kilotune.engine.model import base as models
 
     real, calls = models.weights_digest, []
     monkeypatch.setattr(models, "weights_digest", lambda params: calls.append(1) or real(params))

@@ -7,13 +7,13 @@ import pytest
 
 from federating import CLIENTS, independent, plan, quiet
 from kilotune.core.errors import IncompatibleError
-from kilotune.engine.federation import Federation
 from kilotune.engine.flower.local import LocalExchange
 from kilotune.engine.flower.messages import Reply, Request
-from kilotune.engine.ledger import Ledger
-from kilotune.engine.models import load_base
-from kilotune.engine.pace import Pace, Slow, lighter
-from kilotune.engine.replica import Replica
+from kilotune.engine.model.base import load_base
+from kilotune.engine.rounds.federation import Federation
+from kilotune.engine.rounds.ledger import Ledger
+from kilotune.engine.rounds.pace import Pace, Slow, lighter
+from kilotune.engine.rounds.replica import Replica
 from kilotune.engine.session import header
 
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
 
 from kilotune.core.rng import stream
-from kilotune.engine.batches import can_pack, collate, lay_out
-from kilotune.engine.loss import answer_loss, label_losses
-from kilotune.engine.tokenize import IGNORE, Example
+from kilotune.engine.model.loss import answer_loss, label_losses
+from kilotune.engine.rows.batches import can_pack, collate, lay_out
+from kilotune.engine.rows.tokenize import IGNORE, Example
 from tiny import tiny_llama
 
 FIXED = hypothesis.settings(derandomize=True, deadline=None, max_examples=40)

@@ -10,16 +10,16 @@ from federating import CLIENTS, plan, quiet
 from kilotune.core.errors import IncompatibleError, RunError
 from kilotune.core.rng import stream
 from kilotune.core.types import TensorUpdate
-from kilotune.engine.book import read_entries
-from kilotune.engine.clientstate import ClientState
-from kilotune.engine.export import merged
-from kilotune.engine.ledger import Ledger
-from kilotune.engine.measure import export
-from kilotune.engine.models import load_base
-from kilotune.engine.redo import CONTRIBUTIONS, Shelf
+from kilotune.engine.afterwards.measure import export
+from kilotune.engine.afterwards.redo import CONTRIBUTIONS, Shelf
+from kilotune.engine.model.base import load_base
+from kilotune.engine.model.export import merged
+from kilotune.engine.model.tuned import open_tuned
+from kilotune.engine.rounds.book import read_entries
+from kilotune.engine.rounds.clientstate import ClientState
+from kilotune.engine.rounds.ledger import Ledger
 from kilotune.engine.session import federate
-from kilotune.engine.step import BatchObjective, Memory, train_step
-from kilotune.engine.tuned import open_tuned
+from kilotune.engine.training.step import BatchObjective, Memory, train_step
 from kilotune.estimator.backprop import Backprop
 from kilotune.estimator.zeroth_order import ZerothOrder
 from kilotune.optimizer.sgd import SGD

@@ -9,15 +9,15 @@ import torch
 from federating import plan as small_plan
 from federating import write_rows
 from kilotune.core.errors import RecipeError
-from kilotune.engine import budget, planner, slices, workload
-from kilotune.engine.batches import lay_out
-from kilotune.engine.budget import Budget, parse_size
-from kilotune.engine.compose import compose
-from kilotune.engine.facts import read_facts
-from kilotune.engine.models import load_base
-from kilotune.engine.replica import Replica
-from kilotune.engine.session import tune
-from kilotune.engine.tokenize import IGNORE, Example
+from kilotune.engine.alone import tune
+from kilotune.engine.composing.compose import compose
+from kilotune.engine.model.base import load_base
+from kilotune.engine.planning import budget, planner, slices, workload
+from kilotune.engine.planning.budget import Budget, parse_size
+from kilotune.engine.planning.facts import read_facts
+from kilotune.engine.rounds.replica import Replica
+from kilotune.engine.rows.batches import lay_out
+from kilotune.engine.rows.tokenize import IGNORE, Example
 from tiny import save_tiny
 
 FIGURES = {

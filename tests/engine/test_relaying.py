@@ -13,18 +13,18 @@ from kilotune.core.errors import IncompatibleError
 from kilotune.core.noise import stream_key
 from kilotune.core.reference import fill
 from kilotune.core.rng import derive, stream
-from kilotune.engine.audit import audit
-from kilotune.engine.batches import BatchSampler, micro_batches
-from kilotune.engine.bounds import said_by
-from kilotune.engine.compose import build
-from kilotune.engine.federation import Federation
+from kilotune.engine.afterwards.audit import audit
+from kilotune.engine.composing.compose import build
 from kilotune.engine.flower.local import LocalExchange
-from kilotune.engine.identity import HistoryError
-from kilotune.engine.ledger import Ledger
-from kilotune.engine.models import load_base
-from kilotune.engine.replica import Replica
+from kilotune.engine.model.base import load_base
+from kilotune.engine.rounds.bounds import said_by
+from kilotune.engine.rounds.federation import Federation
+from kilotune.engine.rounds.identity import HistoryError
+from kilotune.engine.rounds.ledger import Ledger
+from kilotune.engine.rounds.replica import Replica
+from kilotune.engine.rows.batches import BatchSampler, micro_batches
 from kilotune.engine.session import federate, header
-from kilotune.engine.step import BatchObjective
+from kilotune.engine.training.step import BatchObjective
 
 LR, EPSILON, SIZE, ROUNDS = 0.002, 0.01, 64, 5
 SETTINGS = (

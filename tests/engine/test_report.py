@@ -10,9 +10,9 @@ import yaml
 
 from kilotune.core.errors import RunError
 from kilotune.core.units import human_bytes, human_seconds
-from kilotune.engine._history import History
-from kilotune.engine._svg import line_chart, nice_step, ticks
-from kilotune.engine.report import write_report
+from kilotune.engine.reporting._history import History
+from kilotune.engine.reporting._svg import line_chart, nice_step, ticks
+from kilotune.engine.reporting.report import write_report
 from kilotune.engine.runfolder import RECIPE, RunFolder
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}

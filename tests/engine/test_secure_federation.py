@@ -13,20 +13,20 @@ import torch
 from federating import CLIENTS, content, plan, quiet
 from kilotune.core.errors import FederationError, IncompatibleError
 from kilotune.core.types import SeedUpdate, TensorUpdate
-from kilotune.engine.compose import build
-from kilotune.engine.federation import Federation
+from kilotune.engine.composing.compose import build
 from kilotune.engine.flower.local import LocalExchange
 from kilotune.engine.flower.messages import Reply, Request
-from kilotune.engine.ledger import Ledger
-from kilotune.engine.models import load_base
-from kilotune.engine.planner import payload_bytes
-from kilotune.engine.replica import Replica, coordinates
+from kilotune.engine.model.base import load_base
+from kilotune.engine.planning.planner import payload_bytes
+from kilotune.engine.rounds.federation import Federation
+from kilotune.engine.rounds.ledger import Ledger
+from kilotune.engine.rounds.replica import Replica, coordinates
+from kilotune.engine.rounds.tally import outer_step
+from kilotune.engine.rounds.worker import Worker
 from kilotune.engine.secure import costs
 from kilotune.engine.secure.capabilities import matrix
 from kilotune.engine.secure.participant import Participant
 from kilotune.engine.session import encode_rows, evaluator, federate, header, split_rows
-from kilotune.engine.tally import outer_step
-from kilotune.engine.worker import Worker
 
 MASKED = ("secure_aggregation.enabled=true", "defences.enabled=false", "keep_contributions=never")
 QUICK = ("local_steps=1", "batch_size=2")

@@ -9,14 +9,14 @@ import torch
 
 from federating import plan, quiet
 from kilotune.core.errors import IncompatibleError, RecipeError, RunError
-from kilotune.engine import sharded
-from kilotune.engine.data import load_rows
+from kilotune.engine.alone import tune
 from kilotune.engine.files import read_tensors
-from kilotune.engine.models import load_base
-from kilotune.engine.replica import Replica
-from kilotune.engine.session import tune
-from kilotune.engine.sharded import unlearn
-from kilotune.engine.shards import cyclic_orders, layer_groups, layer_of, place, row_id, surely_survives
+from kilotune.engine.model.base import load_base
+from kilotune.engine.rounds.replica import Replica
+from kilotune.engine.rows.data import load_rows
+from kilotune.engine.training import sharded
+from kilotune.engine.training.sharded import unlearn
+from kilotune.engine.training.shards import cyclic_orders, layer_groups, layer_of, place, row_id, surely_survives
 
 SMALL = (
     "sharding.slices=2",

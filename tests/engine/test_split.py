@@ -10,19 +10,19 @@ import torch
 
 from federating import CLIENTS, content, plan, quiet
 from kilotune.core.errors import IncompatibleError, RecipeError, WireError
-from kilotune.engine.compose import build
+from kilotune.engine.composing.compose import build
 from kilotune.engine.deployed import join, serve
-from kilotune.engine.federation import Federation
-from kilotune.engine.ledger import MEMBERS_BYTES
-from kilotune.engine.loss import answer_loss
-from kilotune.engine.models import load_base, weights_digest
-from kilotune.engine.planner import payload_bytes
-from kilotune.engine.replica import Replica
+from kilotune.engine.model.base import load_base, weights_digest
+from kilotune.engine.model.loss import answer_loss
+from kilotune.engine.model.tuned import open_tuned
+from kilotune.engine.partial.split import batch_bytes, kept_count
+from kilotune.engine.partial.splitbody import ServerBody, blocks_between, pack, rows_message, unpack
+from kilotune.engine.partial.splitclient import SplitClient
+from kilotune.engine.planning.planner import payload_bytes
+from kilotune.engine.rounds.federation import Federation
+from kilotune.engine.rounds.ledger import MEMBERS_BYTES
+from kilotune.engine.rounds.replica import Replica
 from kilotune.engine.session import encode_rows, federate, split_rows
-from kilotune.engine.split import batch_bytes, kept_count
-from kilotune.engine.splitbody import ServerBody, blocks_between, pack, rows_message, unpack
-from kilotune.engine.splitclient import SplitClient
-from kilotune.engine.tuned import open_tuned
 from kilotune.parametrization.prompt_tail import PromptTail
 from tiny import tiny_batch, tiny_llama
 
@@ -85,7 +85,7 @@ class Watched:
 def body_of(trainable, lower, dtype="fp32"):
     """The server's end over another model's blocks."""
     from kilotune.codec.dense import Dense
-    from kilotune.engine.compute import Compute
+    from kilotune.engine.model.compute import Compute
 
     decoder = trainable.model.get_base_model().get_decoder()
     return Watched(ServerBody(blocks_between(decoder, lower, LAYERS - 1), WIDTH, Dense(dtype=dtype), Compute()))

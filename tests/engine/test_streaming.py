@@ -11,15 +11,15 @@ from kilotune.codec.dense import Dense
 from kilotune.codec.fragments import Fragments
 from kilotune.core.errors import IncompatibleError
 from kilotune.core.types import TensorUpdate, WireContext
-from kilotune.engine.compose import compose
+from kilotune.engine.composing.compose import compose
+from kilotune.engine.composing.recipe import StreamingSection
 from kilotune.engine.files import read_tensors
-from kilotune.engine.ledger import Ledger
-from kilotune.engine.models import load_base
-from kilotune.engine.recipe import StreamingSection
-from kilotune.engine.replica import Replica
+from kilotune.engine.model.base import load_base
+from kilotune.engine.rounds.ledger import Ledger
+from kilotune.engine.rounds.replica import Replica
+from kilotune.engine.rounds.streaming import OwnWeights
+from kilotune.engine.rounds.tally import outer_step
 from kilotune.engine.session import federate
-from kilotune.engine.streaming import OwnWeights
-from kilotune.engine.tally import outer_step
 from kilotune.optimizer.sgd import SGD
 from kilotune.parametrization._direct import DirectTrainable
 

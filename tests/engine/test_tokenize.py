@@ -7,11 +7,11 @@ from tokenizers import pre_tokenizers
 
 from kilotune.core.errors import DataError, RecipeError
 from kilotune.core.rng import stream
-from kilotune.engine import tokenize
-from kilotune.engine.data import Row, read_sample
-from kilotune.engine.recipe import DataSection
-from kilotune.engine.templates import Template
-from kilotune.engine.tokenize import IGNORE, encode, encode_prompt, show, stop_ids
+from kilotune.engine.composing.recipe import DataSection
+from kilotune.engine.rows import tokenize
+from kilotune.engine.rows.data import Row, read_sample
+from kilotune.engine.rows.templates import Template
+from kilotune.engine.rows.tokenize import IGNORE, encode, encode_prompt, show, stop_ids
 from kilotune.format import Turn
 
 CHAT = {

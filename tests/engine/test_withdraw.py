@@ -11,16 +11,16 @@ import torch
 from federating import plan, quiet, write_rows
 from kilotune.core.errors import IncompatibleError, RunError, WireError
 from kilotune.core.types import SeedUpdate, TensorUpdate
-from kilotune.engine.book import Book
+from kilotune.engine.afterwards.measure import replay
+from kilotune.engine.afterwards.seedfile import read as read_seed_file
+from kilotune.engine.afterwards.withdraw import verify, withdraw
+from kilotune.engine.afterwards.withdrawn import exclude, withdrawn
 from kilotune.engine.flower.keys import init_server
-from kilotune.engine.ledger import LEDGER, Ledger
-from kilotune.engine.measure import replay
-from kilotune.engine.models import load_base
-from kilotune.engine.replica import Replica
-from kilotune.engine.seedfile import read as read_seed_file
+from kilotune.engine.model.base import load_base
+from kilotune.engine.rounds.book import Book
+from kilotune.engine.rounds.ledger import LEDGER, Ledger
+from kilotune.engine.rounds.replica import Replica
 from kilotune.engine.session import federate
-from kilotune.engine.withdraw import verify, withdraw
-from kilotune.engine.withdrawn import exclude, withdrawn
 from lying import prepared, times
 
 QUICK = ("local_steps=1", "batch_size=2", "evaluation.limit=3")

@@ -6,7 +6,7 @@ from kilotune.basis.tiled import Tiled
 from kilotune.core.noise import noise
 from kilotune.core.rng import stream
 from kilotune.core.trainable import Direction, Trainable
-from kilotune.engine.step import BatchObjective
+from kilotune.engine.training.step import BatchObjective
 from kilotune.estimator.zeroth_order import ZerothOrder
 from kilotune.parametrization.full import Full
 from kilotune.parametrization.subspace import Subspace

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from kilotune.core.types import State, TensorUpdate
-from kilotune.engine.step import Memory
-from kilotune.engine.tally import outer_step
+from kilotune.engine.rounds.tally import outer_step
+from kilotune.engine.training.step import Memory
 from kilotune.optimizer import Optimizer
 from kilotune.optimizer.controlled_averaging import ControlledAveraging
 from kilotune.optimizer.scaffold import OWN, Scaffold

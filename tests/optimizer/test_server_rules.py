@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from kilotune.core.types import TensorUpdate
-from kilotune.engine.step import Memory
-from kilotune.engine.tally import outer_step
+from kilotune.engine.rounds.tally import outer_step
+from kilotune.engine.training.step import Memory
 from kilotune.optimizer.adamw import AdamW
 from kilotune.optimizer.adaptive import Adaptive
 from kilotune.optimizer.co2 import CO2

@@ -8,9 +8,9 @@ from kilotune.core.errors import RecipeError
 from kilotune.core.factors import A, factor_pairs, with_product
 from kilotune.core.rng import stream
 from kilotune.core.types import TensorUpdate
-from kilotune.engine.fused import fuse
-from kilotune.engine.loss import answer_loss
-from kilotune.engine.step import BatchObjective, Memory, train_step
+from kilotune.engine.model.fused import fuse
+from kilotune.engine.model.loss import answer_loss
+from kilotune.engine.training.step import BatchObjective, Memory, train_step
 from kilotune.estimator.backprop import Backprop
 from kilotune.optimizer.adamw import AdamW
 from kilotune.parametrization.lora_merged import LoraMerged

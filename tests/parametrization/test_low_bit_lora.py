@@ -9,9 +9,9 @@ from kilotune.core.errors import RecipeError
 from kilotune.core.levels import gaussian_levels
 from kilotune.core.rng import stream
 from kilotune.core.types import TensorUpdate, WireContext
-from kilotune.engine.compose import compose
-from kilotune.engine.loss import answer_loss
-from kilotune.engine.step import BatchObjective, Memory, train_step
+from kilotune.engine.composing.compose import compose
+from kilotune.engine.model.loss import answer_loss
+from kilotune.engine.training.step import BatchObjective, Memory, train_step
 from kilotune.estimator.backprop import Backprop
 from kilotune.optimizer.adamw import AdamW
 from kilotune.parametrization._direct import DirectTrainable

@@ -11,7 +11,7 @@ from kilotune.basis.seeds import Seeds
 from kilotune.basis.tiled import Tiled
 from kilotune.core.noise import noise
 from kilotune.core.trainable import Direction
-from kilotune.engine.loss import answer_loss
+from kilotune.engine.model.loss import answer_loss
 from kilotune.parametrization import _overlay
 from kilotune.parametrization.full import Full
 from kilotune.parametrization.peft import Peft

@@ -2,9 +2,9 @@
 
 import torch
 
-from kilotune.engine.batches import can_pack
-from kilotune.engine.generation import generate
-from kilotune.engine.loss import answer_loss
+from kilotune.engine.model.generation import generate
+from kilotune.engine.model.loss import answer_loss
+from kilotune.engine.rows.batches import can_pack
 from kilotune.parametrization.peft import Peft
 from kilotune.parametrization.prompt_tail import PromptTail
 from tiny import tiny_batch, tiny_llama

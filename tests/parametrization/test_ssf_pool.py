@@ -11,16 +11,16 @@ from engine.tiny_tokenizer import tiny_tokenizer
 from kilotune.core.choosing import chooser
 from kilotune.core.errors import IncompatibleError, ModelError
 from kilotune.core.rng import stream
-from kilotune.engine.batches import can_pack, collate, lay_out
-from kilotune.engine.compose import compose
-from kilotune.engine.compute import Compute
-from kilotune.engine.evaluation import evaluate
-from kilotune.engine.export import export_model
-from kilotune.engine.generation import _greedy
-from kilotune.engine.loss import label_losses
-from kilotune.engine.models import Base
-from kilotune.engine.step import BatchObjective
-from kilotune.engine.tokenize import Example
+from kilotune.engine.composing.compose import compose
+from kilotune.engine.model.base import Base
+from kilotune.engine.model.compute import Compute
+from kilotune.engine.model.evaluation import evaluate
+from kilotune.engine.model.export import export_model
+from kilotune.engine.model.generation import _greedy
+from kilotune.engine.model.loss import label_losses
+from kilotune.engine.rows.batches import can_pack, collate, lay_out
+from kilotune.engine.rows.tokenize import Example
+from kilotune.engine.training.step import BatchObjective
 from kilotune.estimator.backprop import Backprop
 from kilotune.parametrization.ssf_pool import SsfPool
 from tiny import tiny_batch, tiny_llama

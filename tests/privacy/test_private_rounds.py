@@ -13,19 +13,19 @@ from kilotune.cli.display import Display
 from kilotune.core.errors import IncompatibleError, RecipeError, RunError
 from kilotune.core.rng import stream
 from kilotune.core.types import SeedUpdate, TensorUpdate, WireContext
-from kilotune.engine.accountant import Release, epsilon_of
-from kilotune.engine.batches import collate, micro_batches
-from kilotune.engine.guard import Guard, Mark, Verdict
-from kilotune.engine.ledger import Ledger
-from kilotune.engine.loss import answer_loss
-from kilotune.engine.measure import replay
-from kilotune.engine.models import load_base
-from kilotune.engine.private import NoisyMean, private_rounds
-from kilotune.engine.privatesteps import PrivateSteps
-from kilotune.engine.replica import Replica
+from kilotune.engine.afterwards.measure import replay
+from kilotune.engine.model.base import load_base
+from kilotune.engine.model.loss import answer_loss
+from kilotune.engine.privacy.accountant import Release, epsilon_of
+from kilotune.engine.privacy.private import NoisyMean, private_rounds
+from kilotune.engine.privacy.privatesteps import PrivateSteps
+from kilotune.engine.rounds.guard import Guard, Mark, Verdict
+from kilotune.engine.rounds.ledger import Ledger
+from kilotune.engine.rounds.replica import Replica
+from kilotune.engine.rounds.tally import Answer
+from kilotune.engine.rows.batches import collate, micro_batches
 from kilotune.engine.session import encode_rows, federate, split_rows
-from kilotune.engine.step import BatchObjective
-from kilotune.engine.tally import Answer
+from kilotune.engine.training.step import BatchObjective
 from kilotune.privacy.central import Central
 
 NOISE = ("privacy.epsilon=null", "privacy.noise_multiplier=1.0")
@@ -449,7 +449,7 @@ def test_ferret_sends_nothing_that_could_be_clipped_whole(base, data):
     raw = content(
         base, data, "ferret", "aggregation.weighting=equal", "privacy={name: central, clip: 1, epsilon: 8, clients: 3}"
     )
-    from kilotune.engine.compose import build
+    from kilotune.engine.composing.compose import build
 
     with pytest.raises(IncompatibleError, match="uplink: dense"):
         build(raw, "federate")

@@ -5,10 +5,10 @@ import torch
 
 from kilotune.core.rng import stream
 from kilotune.core.types import Batch
-from kilotune.engine.export import export_model
-from kilotune.engine.generation import generate, stream_tokens
-from kilotune.engine.loss import answer_loss
-from kilotune.engine.models import load_base, weights_digest
+from kilotune.engine.model.base import load_base, weights_digest
+from kilotune.engine.model.export import export_model
+from kilotune.engine.model.generation import generate, stream_tokens
+from kilotune.engine.model.loss import answer_loss
 
 pytestmark = pytest.mark.real
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from kilotune.engine.compose import compose
-from kilotune.engine.measure import export, measure, replay
+from kilotune.engine.afterwards.measure import export, measure, replay
+from kilotune.engine.composing.compose import compose
 from kilotune.engine.session import federate
 
 pytestmark = pytest.mark.real

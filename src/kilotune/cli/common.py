@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
-    from kilotune.engine.compose import Plan
+    from kilotune.engine.composing.plan import Plan
 
 Format = Annotated[
     Literal["text", "json"], typer.Option("--format", help="text for people, json for scripts (one object on stdout).")
@@ -32,7 +32,7 @@ def loading(emit: Callable[[dict[str, Any]], None], what: str) -> Iterator[None]
     """Says what is loaded before the imports inside, which take seconds, and hurries them."""
     import gc
 
-    from kilotune.engine.lean import unhurried_gc
+    from kilotune.engine.model.lean import unhurried_gc
 
     emit({"event": "status", "text": f"loading {what}"})
     with unhurried_gc():
@@ -56,7 +56,7 @@ def patiently(what: str) -> Iterator[None]:
 
 def compose_either(recipe: str, overrides: list[str] | None) -> "Plan":
     """The plan of a recipe, for one machine when it counts steps, else for a federation."""
-    from kilotune.engine.compose import build, override, read
+    from kilotune.engine.composing.compose import build, override, read
 
     content = override(read(recipe), overrides or [])
     return build(content, "tune" if content.get("steps") else "federate")

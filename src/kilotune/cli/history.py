@@ -56,8 +56,8 @@ def withdraw(
         raise RecipeError("withdraw: needs RUN, CLIENT and --output, or --verify CERTIFICATE. See --help.")
     with Display(None, "") as emit:
         with loading(emit, str(run)):
-            from kilotune.engine.withdraw import exclude_live
-            from kilotune.engine.withdraw import withdraw as take_out
+            from kilotune.engine.afterwards.withdraw import exclude_live
+            from kilotune.engine.afterwards.withdraw import withdraw as take_out
         if exclude:
             exclude_live(run, client)
         result = {"excluded": client, "run": str(run)} if exclude else {}
@@ -86,7 +86,7 @@ def _verify(certificate: Path, run: Path | None, signer: str | None, base: str |
 
     with Display(None, "") as emit:
         with loading(emit, str(certificate)):
-            from kilotune.engine.withdraw import verify
+            from kilotune.engine.afterwards.withdraw import verify
         result = verify(certificate, run, signer, base, emit)
 
     def text() -> None:
@@ -107,7 +107,7 @@ def unlearn(
 
     with Display(None, "") as emit:
         with loading(emit, str(run)):
-            from kilotune.engine.sharded import unlearn as forget
+            from kilotune.engine.training.sharded import unlearn as forget
         result = forget(run, rows, emit)
     show(result, format, lambda: _print_unlearned(result))
 

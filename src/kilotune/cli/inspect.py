@@ -54,8 +54,8 @@ def plan(
     limited = any(limit is not None for limit in (max_memory, max_bytes, max_minutes))
     with Display(None, "") as emit:
         with loading(emit, recipe or ("recipes" if limited else "kilotune")):
-            from kilotune.engine.budget import Budget, propose
-            from kilotune.engine.planner import predict
+            from kilotune.engine.planning.budget import Budget, propose
+            from kilotune.engine.planning.planner import predict
         if limited:
             budget = Budget.of(max_memory, max_bytes, max_minutes)
             result = propose(recipe, overrides or [], clients, budget, emit)
@@ -97,7 +97,7 @@ def _print_prediction(title: str, result: dict[str, Any]) -> None:
 
 def _print_proposals(result: dict[str, Any]) -> None:
     from kilotune.core.units import human_bytes, human_seconds
-    from kilotune.engine.budget import wire_bytes
+    from kilotune.engine.planning.budget import wire_bytes
 
     rows = []
     for entry in [*result["fits"], *result["exceeds"]]:
@@ -131,8 +131,8 @@ def methods(
     with patiently("methods"):
         from kilotune.core.errors import RecipeError
         from kilotune.core.registry import KINDS, nearest
-        from kilotune.engine.catalogue import catalogue
-        from kilotune.engine.papers import papers_page
+        from kilotune.engine.reporting.catalogue import catalogue
+        from kilotune.engine.reporting.papers import papers_page
 
         if kind is not None and kind not in KINDS:
             raise RecipeError(f"--kind: got {kind!r}, expected one of {', '.join(KINDS)}.{nearest(kind, list(KINDS))}")
@@ -149,7 +149,7 @@ def methods(
 def recipe_list(format: Format = "text") -> None:
     """The recipes that come with kilotune."""
     with patiently("recipes"):
-        from kilotune.engine.compose import read, shipped
+        from kilotune.engine.composing.compose import read, shipped
 
         found = {name: read(name).get("title", "") for name in shipped()}
     show({"recipes": found}, format, lambda: table("", ["recipe", "what"], found.items()))
@@ -188,7 +188,7 @@ def data_show(
 
     with Display(None, "") as emit:
         with loading(emit, path):
-            from kilotune.engine.preview import preview
+            from kilotune.engine.rows.preview import preview
         result = preview(path, limit, base, template, max_length)
 
     def text() -> None:
@@ -214,7 +214,7 @@ def data_households(
 ) -> None:
     """Write the embedded demo data to a file, to see what a data file looks like."""
     with patiently("households"):
-        from kilotune.engine.households import write_jsonl
+        from kilotune.engine.rows.households import write_jsonl
 
         count = write_jsonl(output)
     show({"file": str(output), "rows": count}, format, lambda: say(f"wrote {count} rows to {output}"))

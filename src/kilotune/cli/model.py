@@ -38,7 +38,7 @@ def evaluate(
 
     with Display(None, "row") as emit:
         with loading(emit, target):
-            from kilotune.engine.measure import measure
+            from kilotune.engine.afterwards.measure import measure
         result = measure(target, data, split, limit, max_new_tokens, max_length, template, base, emit, personal)
 
     def text() -> None:
@@ -112,7 +112,7 @@ def replay(
         return
     with Display(None, "round") as emit:
         with loading(emit, str(run)):
-            from kilotune.engine.measure import replay as rebuild
+            from kilotune.engine.afterwards.measure import replay as rebuild
         result = rebuild(run, base, emit, checkpoint)
     show(
         result,
@@ -127,7 +127,7 @@ def _audit(run: Path, contribution: str | None, base: str | None, format: str) -
 
     with Display(None, "round") as emit:
         with loading(emit, str(run)):
-            from kilotune.engine.audit import audit
+            from kilotune.engine.afterwards.audit import audit
         result = audit(run, base, emit, contribution)
     show(result, format, lambda: print_audit(result))
     if not result["verified"]:
@@ -142,7 +142,7 @@ def apply(
 ) -> None:
     """Base model + seed file = tuned model, as a Hugging Face folder."""
     say(f"reading {seed_file}")
-    from kilotune.engine.seedfile import read
+    from kilotune.engine.afterwards.seedfile import read
 
     read(seed_file)  # refuses anything else before a model is loaded
     _export(str(seed_file), output, "hf", base, format)
@@ -170,7 +170,7 @@ def _export(target: str, output: Path, to: str, base: str | None, format: str, p
 
     with Display(None, "") as emit:
         with loading(emit, target):
-            from kilotune.engine.measure import export as write
+            from kilotune.engine.afterwards.measure import export as write
         result = write(target, output, to, base, emit, personal)
     show(
         result,

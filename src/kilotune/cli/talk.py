@@ -23,7 +23,7 @@ def answer_once(
 
     with Display(None, "") as emit:
         with loading(emit, target):
-            from kilotune.engine.talking import Talker
+            from kilotune.engine.model.talking import Talker
         talker = Talker(target, base, compare, temperature, max_new_tokens)
     turns = [*_start(system), {"role": "user", "content": prompt}]
     result = {"prompt": prompt, "answer": "".join(talker.tuned(turns))}
@@ -43,7 +43,7 @@ def converse(
     console = Console()
     with Display(None, "") as emit:
         with loading(emit, target):
-            from kilotune.engine.talking import Talker
+            from kilotune.engine.model.talking import Talker
         talker = Talker(target, base, compare, temperature, max_new_tokens)
     console.print("Ask away; /new starts over, Ctrl-D ends.", style="dim")
     tuned, plain = _start(system), _start(system)

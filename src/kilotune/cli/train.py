@@ -38,8 +38,8 @@ def tune(
 
     with Display(None, "step") as emit:
         with loading(emit, recipe):
-            from kilotune.engine.compose import compose
-            from kilotune.engine.session import tune as run
+            from kilotune.engine.alone import tune as run
+            from kilotune.engine.composing.compose import compose
         plan = compose(recipe, "tune", overrides or [])
         emit.total = plan.recipe.steps
         summary = run(plan, output, emit)
@@ -57,7 +57,7 @@ def federate(
 
     with Display(None, "round") as emit:
         with loading(emit, recipe):
-            from kilotune.engine.compose import compose
+            from kilotune.engine.composing.compose import compose
             from kilotune.engine.session import federate as run
         plan = compose(recipe, "federate", overrides or [])
         emit.total = plan.recipe.rounds
@@ -132,7 +132,7 @@ def server_run(
 
     with Display(None, "round", quiet=log_format == "json") as screen, logged(log_format, screen) as emit:
         with loading(emit, recipe):
-            from kilotune.engine.compose import compose
+            from kilotune.engine.composing.compose import compose
             from kilotune.engine.deployed import serve
             from kilotune.engine.operations.monitor import monitored
         plan = compose(recipe, "federate", overrides or [])
@@ -168,7 +168,7 @@ def client(
     own = [f"data.path={data}"] + ([f"data.only={only}"] if only else [])
     with Display(None, "round", quiet=log_format == "json") as screen, logged(log_format, screen) as emit:
         with loading(emit, recipe):
-            from kilotune.engine.compose import compose
+            from kilotune.engine.composing.compose import compose
             from kilotune.engine.deployed import join as run
         plan = compose(recipe, "federate", [*own, *(overrides or [])])
         screen.total = plan.recipe.rounds

@@ -7,29 +7,29 @@ from pathlib import Path
 from typing import Any
 
 from kilotune.core.errors import DataError, FederationError
-from kilotune.engine.compose import Plan
-from kilotune.engine.data import load_rows
-from kilotune.engine.emulator import require_deployable
-from kilotune.engine.evaluation import EvaluationReport
-from kilotune.engine.federation import Federation
+from kilotune.engine.afterwards.withdrawn import withdrawn
+from kilotune.engine.composing.plan import Plan
 from kilotune.engine.flower.client import serve as stay
 from kilotune.engine.flower.keys import ENROLLED as MOST_CLIENTS
 from kilotune.engine.flower.keys import load_server_keys, read_join_file
 from kilotune.engine.flower.limits import limits_of
 from kilotune.engine.flower.messages import Reply, Request
 from kilotune.engine.flower.server import start_server
-from kilotune.engine.identity import Heads, open_identity
 from kilotune.engine.interrupt import StoppedError, asked_to_stop
-from kilotune.engine.ledger import Ledger
 from kilotune.engine.memory import peak_rss
-from kilotune.engine.models import Base
-from kilotune.engine.replica import Replica
+from kilotune.engine.model.base import Base
+from kilotune.engine.model.evaluation import EvaluationReport
+from kilotune.engine.partial.emulator import require_deployable
+from kilotune.engine.partial.split import refuse_deployed
+from kilotune.engine.rounds.federation import Federation
+from kilotune.engine.rounds.identity import Heads, open_identity
+from kilotune.engine.rounds.ledger import Ledger
+from kilotune.engine.rounds.replica import Replica
+from kilotune.engine.rounds.worker import Worker
+from kilotune.engine.rows.data import load_rows
+from kilotune.engine.rows.shares import load_held_out, spread
 from kilotune.engine.runfolder import RunFolder
 from kilotune.engine.session import Emit, encode_rows, evaluator, finish, header, open_base, recording
-from kilotune.engine.shares import load_held_out, spread
-from kilotune.engine.split import refuse_deployed
-from kilotune.engine.withdrawn import withdrawn
-from kilotune.engine.worker import Worker
 
 PATIENCE_S = 24 * 3600.0
 

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import yaml
 
 from kilotune.core.errors import RunError
-from kilotune.engine.compose import Plan
+from kilotune.engine.composing.plan import Plan
 from kilotune.engine.files import append_line, disk_errors, write_bytes, write_json
 
 SYNCED = ("round", "step", "evaluation", "end")

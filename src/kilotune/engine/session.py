@@ -1,7 +1,7 @@
 """Session: a composed plan becomes a run folder — base, rows, clients and evaluation put together.
 
-`federate` (all clients on this machine), `serve` and `join` (deployed) and `tune` (alone) differ only in who answers
-the requests; rounds, ledger, evaluation and outputs are the same code.
+`federate` (all clients on this machine), `serve` and `join` (deployed.py) and `tune` (alone.py) differ only in who
+answers the requests; rounds, ledger, evaluation and outputs are the same code.
 """
 
 import time
@@ -13,26 +13,24 @@ from typing import Any
 
 import torch
 
-from kilotune.core.errors import RecipeError
 from kilotune.core.noise import NOISE_SPEC
-from kilotune.engine import seedfile
-from kilotune.engine.alignment import load_aligned
-from kilotune.engine.compose import Plan, build
-from kilotune.engine.data import Row, load_rows
-from kilotune.engine.emulator import unread
-from kilotune.engine.evaluation import EvaluationReport, evaluate
-from kilotune.engine.export import export_peft
-from kilotune.engine.federation import Federation
+from kilotune.engine.afterwards import seedfile
+from kilotune.engine.composing.plan import Plan
 from kilotune.engine.flower.local import LocalExchange
-from kilotune.engine.ledger import Header, Ledger
 from kilotune.engine.memory import peak_rss
-from kilotune.engine.models import Base, load_base
-from kilotune.engine.replica import Replica
+from kilotune.engine.model.base import Base, load_base
+from kilotune.engine.model.evaluation import EvaluationReport, evaluate
+from kilotune.engine.model.export import export_peft
+from kilotune.engine.partial.alignment import load_aligned
+from kilotune.engine.partial.emulator import unread
+from kilotune.engine.rounds.federation import Federation
+from kilotune.engine.rounds.ledger import Header, Ledger
+from kilotune.engine.rounds.replica import Replica
+from kilotune.engine.rows.data import Row, load_rows
+from kilotune.engine.rows.shares import Rows, split_rows
+from kilotune.engine.rows.tokenize import Example, encode, stop_ids
 from kilotune.engine.runfolder import RunFolder
-from kilotune.engine.shares import ALONE, Rows, split_rows
 from kilotune.engine.simulation import PackedRows, Simulation
-from kilotune.engine.tokenize import Example, encode, stop_ids
-from kilotune.engine.tune import Trainer
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -202,7 +200,7 @@ def _emulator_facts(run: RunFolder, replica: Replica, reports: dict[str, Evaluat
 
 def close(run: RunFolder, summary: dict[str, Any]) -> None:
     """Write the summary and the report."""
-    from kilotune.engine.report import write_report
+    from kilotune.engine.reporting.report import write_report
 
     run.record({"event": "end", "digest": summary["digest"]})
     run.write_summary(summary)
@@ -229,53 +227,3 @@ def write_outputs(run: RunFolder, plan: Plan, replica: Replica, ledger: Ledger |
             export_peft(replica.model, replica.base, run.path / "adapter")
         outputs["adapter"] = "adapter"
     return outputs
-
-
-def tune(plan: Plan, output: Path, emit: Emit) -> dict[str, Any]:
-    """One machine alone; returns the summary."""
-    if plan.recipe.sharding.slices:
-        from kilotune.engine.sharded import tune_sharded  # which builds on this module
-
-        return tune_sharded(plan, output, emit)
-    if plan.parametrization.uses_basis:
-        return federate(as_federation(plan), output, emit, plan.recipe.steps)
-    started = time.monotonic()
-    run = RunFolder(output)
-    with run.locked():
-        emit = recording(run, emit)
-        rows = split_rows(plan, alone=True)
-        base = open_base(plan, emit)
-        run.write_recipe(plan)
-        replica = Replica(base, plan)
-        measure = evaluator(plan, emit)
-        train = encode_rows(plan, base, rows.clients[ALONE], "training", emit)
-        held_out = encode_rows(plan, base, rows.held_out, "evaluation", emit)
-        trainer = Trainer(plan, replica, train, lambda r: measure(r, held_out), output, emit)
-        reports = trainer.run()
-        summary = {
-            "command": "tune",
-            "steps": trainer.step,
-            "rounds": 0,
-            "clients": 1,
-            **common_facts(run, plan, replica, reports, time.monotonic() - started),
-            "outputs": write_outputs(run, plan, replica, None),
-            "peak_rss_bytes": peak_rss(),
-        }
-        close(run, summary)
-        return summary
-
-
-def as_federation(plan: Plan) -> Plan:
-    """A local recipe over a basis as a federation of one: every `local_steps` steps are a round of its ledger."""
-    recipe = plan.recipe
-    steps = recipe.steps or 0
-    if steps % recipe.local_steps:
-        raise RecipeError(
-            f"steps: got {steps}, expected a multiple of local_steps ({recipe.local_steps}), "
-            "the steps after which the change is committed."
-        )
-    content = plan.resolved()
-    content |= {"steps": None, "rounds": steps // recipe.local_steps}
-    every = recipe.evaluation.every
-    content["evaluation"] = {**content["evaluation"], "every": -(-every // recipe.local_steps)}
-    return build(content, "federate")

@@ -12,17 +12,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
-from kilotune.engine.clientstate import RoundLog
-from kilotune.engine.data import Row
 from kilotune.engine.flower.messages import Handler, Reply, Request
-from kilotune.engine.following import head_after
-from kilotune.engine.ledger import Ledger
-from kilotune.engine.replica import Replica
+from kilotune.engine.partial.splitclient import split_client
+from kilotune.engine.rounds.clientstate import RoundLog
+from kilotune.engine.rounds.following import head_after
+from kilotune.engine.rounds.ledger import Ledger
+from kilotune.engine.rounds.replica import Replica
+from kilotune.engine.rounds.worker import Evaluate, Worker
+from kilotune.engine.rows.data import Row
+from kilotune.engine.rows.tokenize import Example
 from kilotune.engine.secure.client import Vault
 from kilotune.engine.secure.participant import new_vault
-from kilotune.engine.splitclient import split_client
-from kilotune.engine.tokenize import Example
-from kilotune.engine.worker import Evaluate, Worker
 
 Emit = Callable[[dict[str, Any]], None]
 Encode = Callable[[list[Row], str], list[Example]]

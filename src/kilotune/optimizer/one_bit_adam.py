@@ -8,9 +8,7 @@ every replica takes the step itself. One local step of sgd with lr 1 gives the g
 Source: Tang et al., "1-bit Adam: Communication Efficient Large-Scale Training with Adam's Convergence Speed", arXiv
 2102.02888, algorithm 1. No bias correction of m, as in DeepSpeed's code.
 Departs: the number of warm-up rounds is given; the paper also proposes to watch how much v still changes. When v is
-frozen it is divided by 1 - beta2^warmup, which is 1 after the paper's thousands of rounds and 0.012 after twelve, and
-it is taken to be at least `floor` times its tensor's mean: signs give all numbers of a tensor one size, so those of
-which a few gradients have seen next to nothing would be thrown far away.
+frozen it is divided by 1 - beta2^warmup, which is 1 after the paper's thousands of rounds and 0.012 after twelve.
 Memory: 8 bytes per number on every replica (16 for float64).
 """
 
@@ -36,7 +34,6 @@ class OneBitAdam(Optimizer):
 
     betas: Betas = Field((0.9, 0.999), description="memory of m and v; paper")
     eps: float = Field(1e-8, gt=0, description="added to the root of v; paper")
-    floor: float = Field(0.0, ge=0, le=1, description="least v, as a share of its tensor's mean; paper: 0")
     warmup: int = Field(3, ge=1, description="rounds in which v is learned; 15 to 20 % of the steps in the paper")
 
     def init(self, param: Tensor) -> State:
@@ -59,17 +56,11 @@ class OneBitAdam(Optimizer):
             v.mul_(self.betas[1]).addcmul_(change, change, value=1 - self.betas[1])
         else:
             if int(public["rounds"]) == self.warmup + 1:
-                self._freeze(v)
+                v.div_(1 - self.betas[1] ** self.warmup)  # the mean of the squares
             m.copy_(change).masked_fill_(v == 0, 0)  # a sign cannot say 0, and what never had a gradient has no scale
         if int(public["rounds"]) == self.warmup:
             public["decay"] = torch.tensor(beta1, dtype=torch.float64)
         return torch.div(m, v.sqrt().add_(self.eps)).mul_(float(self.lr))
-
-    def _freeze(self, v: Tensor) -> None:
-        """Make of what the warm-up has left what all later steps are divided by."""
-        v.div_(1 - self.betas[1] ** self.warmup)
-        mean = float(v.detach().cpu().numpy().mean(dtype="float64"))  # in a fixed order, whatever the threads
-        torch.where(v == 0, v, v.clamp(min=self.floor * mean), out=v)
 
 
 METHOD = OneBitAdam

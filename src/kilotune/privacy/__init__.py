@@ -3,7 +3,7 @@
 A release is Σ contribution + N(0, (noise_multiplier · clip)²) in every number, where a contribution's L2 norm is at
 most `clip`. All of it is computed in whole steps of a public grid, 2^-20 of the noise: the sum is exact in any order,
 and no low bits of a float tell what was added. The noise comes from the operating system's secrets, never from the
-recipe's seed. How much a run has spent is the accountant's business (kilotune.engine.accountant).
+recipe's seed. How much a run has spent is the accountant's business (kilotune.engine.privacy.accountant).
 """
 
 from abc import abstractmethod

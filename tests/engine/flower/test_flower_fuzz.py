@@ -26,8 +26,8 @@ from kilotune.engine.flower.keys import key_id, read_join_file
 from kilotune.engine.flower.limits import Limits
 from kilotune.engine.flower.messages import Reply, Request, decode_request, seal_of
 from kilotune.engine.flower.server import start_server
-from kilotune.engine.identity import HEADS, read_heads
-from kilotune.engine.ledger import LEDGER, Ledger
+from kilotune.engine.rounds.identity import HEADS, read_heads
+from kilotune.engine.rounds.ledger import LEDGER, Ledger
 from sealing import Ends, ask, federation, from_wire, history, to_wire
 
 BODY = {"round": 3, "rounds": 0, "head": "", "recipe_id": "ab" * 8, "progress": 0.25, "last": True, "blank": ""}

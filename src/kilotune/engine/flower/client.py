@@ -23,7 +23,7 @@ from kilotune.engine.flower.keys import JoinFile
 from kilotune.engine.flower.limits import Limits
 from kilotune.engine.flower.messages import Handler, Reply, Request, attach, decode_request, encode_reply, seal_of
 from kilotune.engine.flower.seals import Reader, Statement
-from kilotune.engine.identity import Heads, HistoryError
+from kilotune.engine.rounds.identity import Heads, HistoryError
 
 HEARTBEAT_S = 20.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 2.0

@@ -5,14 +5,15 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING
 
+from kilotune.engine.composing.compose import for_group
+from kilotune.engine.composing.pairs import numbers_down, rank
 from kilotune.engine.flower.messages import TYPES
-from kilotune.engine.ledger import MEMBERS_BYTES
-from kilotune.engine.pairs import numbers_down, rank
+from kilotune.engine.rounds.ledger import MEMBERS_BYTES
 from kilotune.engine.secure.costs import vector_bytes
 
 if TYPE_CHECKING:
     from kilotune.codec import Codec
-    from kilotune.engine.compose import Plan
+    from kilotune.engine.composing.plan import Plan
 
 ENVELOPE = 8192
 """Bytes of an HTTP body beside the payloads: facts, seal, the message's metadata and Protobuf's own."""
@@ -47,7 +48,7 @@ class Limits:
 def limits_of(plan: "Plan", shapes: Mapping[str, tuple[int, ...]], clients: int) -> Limits:
     """What messages of this recipe need, for wire tensors of these shapes in a federation of so many clients."""
     numel = {name: prod(shape) for name, shape in shapes.items()}
-    plans = [plan.for_group(index) for index in range(-1, len(plan.recipe.clients))]
+    plans = [for_group(plan, index) for index in range(-1, len(plan.recipe.clients))]
     up = max(_bound(p.uplink, numel, p.recipe.local_steps) for p in plans)
     if plan.recipe.secure_aggregation.enabled:
         up = vector_bytes(plan, numel)

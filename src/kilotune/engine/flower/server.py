@@ -13,7 +13,7 @@ from kilotune.engine.flower.limits import Limits
 from kilotune.engine.flower.messages import Reply, Request, decode_reply
 from kilotune.engine.flower.seals import Desk
 from kilotune.engine.flower.traffic import Traffic, listen
-from kilotune.engine.identity import RunIdentity
+from kilotune.engine.rounds.identity import RunIdentity
 
 if TYPE_CHECKING:
     from flwr.app import Message

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from kilotune.core.errors import KilotuneError
 from kilotune.core.units import human_bytes
 from kilotune.engine.cache import cache_folder
-from kilotune.engine.compose import Plan
+from kilotune.engine.composing.plan import Plan
 from kilotune.engine.memory import free_bytes
 from kilotune.engine.versions import EMBEDDED, PACKAGES, version_of, versions
 
@@ -104,7 +104,7 @@ def disk_checks(output: Path) -> Iterator[Check]:
 
 def recipe_check(plan: Plan) -> Check:
     """Predicted peak memory of one process against what is free."""
-    from kilotune.engine.planner import predict
+    from kilotune.engine.planning.planner import predict
 
     try:
         needed = predict(plan, None, False)["peak_rss_bytes"]

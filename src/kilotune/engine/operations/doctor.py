@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from kilotune.engine.compose import Plan
+from kilotune.engine.composing.plan import Plan
 from kilotune.engine.operations.checks import Check, judged, machine_checks
 
 
@@ -26,7 +26,7 @@ def examine(
 
 
 def _history_check(one: Path, other: Path) -> Check:
-    from kilotune.engine.identity import compare_heads
+    from kilotune.engine.rounds.identity import compare_heads
 
     found = compare_heads(one, other)
     first, second = found.clients

@@ -22,7 +22,7 @@ from typing import Any
 import uvicorn
 
 from kilotune.core.errors import FederationError, KilotuneError, RecipeError
-from kilotune.engine.compose import Plan
+from kilotune.engine.composing.plan import Plan
 from kilotune.engine.flower.keys import ServerKeys, address, is_loopback, load_server_keys
 from kilotune.engine.flower.traffic import listen
 from kilotune.engine.operations.runview import RunView

@@ -12,7 +12,7 @@ from kilotune.core.registry import find, names
 from kilotune.engine.secure.fixed import LEAST_LEVELS, FixedPoint
 
 if TYPE_CHECKING:
-    from kilotune.engine.compose import Plan
+    from kilotune.engine.composing.plan import Plan
 
 VECTORS = {"tensors": "every number of every tensor", "seeds": "one sum per direction"}
 """What a summable uplink takes -> what is summed in its place."""

@@ -15,7 +15,7 @@ from kilotune.engine.secure.fixed import FRONT
 from kilotune.engine.secure.masks import KEY_BYTES, KeyPair, add_mask
 
 if TYPE_CHECKING:
-    from kilotune.engine.compose import Plan
+    from kilotune.engine.composing.plan import Plan
 
 WORDS, POINTS, TERMS = 1 << 18, 24, 16  # of the samples that are timed
 

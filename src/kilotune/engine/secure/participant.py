@@ -8,7 +8,7 @@ import numpy as np
 from kilotune.core.errors import WireError
 from kilotune.core.rng import stream
 from kilotune.core.types import Update
-from kilotune.engine.compose import Plan
+from kilotune.engine.composing.plan import Plan
 from kilotune.engine.flower.messages import Request
 from kilotune.engine.secure.capabilities import grid_of
 from kilotune.engine.secure.client import Vault

@@ -16,16 +16,16 @@ from typing import Any
 
 from kilotune.core.errors import FederationError, WireError
 from kilotune.core.types import State, Update
-from kilotune.engine.compose import Plan
+from kilotune.engine.composing.plan import Plan
 from kilotune.engine.files import write_json
 from kilotune.engine.flower.messages import Exchange, Facts, Reply, Request
-from kilotune.engine.ledger import Contribution, Ledger
+from kilotune.engine.rounds.ledger import Contribution, Ledger
+from kilotune.engine.rounds.tally import Answer
 from kilotune.engine.secure.capabilities import grid_of, length
 from kilotune.engine.secure.fixed import Mean
 from kilotune.engine.secure.server import ServerSession, Stage
 from kilotune.engine.secure.vectors import Shapes, rebuild
 from kilotune.engine.secure.wire import LEAST_CLIENTS, member_id, threshold_of
-from kilotune.engine.tally import Answer
 
 Emit = Callable[[dict[str, Any]], None]
 OPENING = "opening.json"

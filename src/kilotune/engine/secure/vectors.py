@@ -5,7 +5,7 @@ import torch
 
 from kilotune.aggregation.seed_sum import grouped_sums
 from kilotune.core.types import SeedUpdate, TensorUpdate, Update
-from kilotune.engine.compose import Plan
+from kilotune.engine.composing.plan import Plan
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -1,0 +1,1 @@
+"""Model: loading a base, computing with it, measuring it, and what becomes of a tuned one."""

@@ -1,0 +1,1 @@
+"""Partial: clients that hold or train a part of the model only."""

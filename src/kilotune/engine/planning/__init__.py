@@ -1,0 +1,1 @@
+"""Planning: what a recipe will take, before it runs, and which recipes fit what there is."""

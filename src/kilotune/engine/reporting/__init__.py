@@ -1,0 +1,1 @@
+"""Reporting: a run as one page, and the catalogue of methods."""

@@ -1,0 +1,1 @@
+"""Rounds: both sides of a federation's rounds, and the ledger that they are written to."""

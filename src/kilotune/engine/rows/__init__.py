@@ -1,0 +1,1 @@
+"""Rows: from files to batches of token ids."""
