@@ -54,9 +54,9 @@ Every federated recipe on the same rows and the same clients, with the same loca
   *centralised*: LoRA on all rows, as many steps, each with as many rows as all clients have in theirs. All runs are
   measured on the same held-out rows.
 - **Frontier (\\*).** No other protocol has a lower loss for as many bytes or fewer.
-- **Rows.** `clinc150`: the first clients of the file, one domain each, no label shared; `ni`: the first clients of
-  ni_core, one task each, measured on the tasks of ni_unseen; `banking77_dirichlet_*`: clients drawn by Dirichlet over
-  the intents.
+- **Rows.** `clinc150`: the first clients of the file, one domain each, no label shared; `ni`: the 48 tasks of ni_core
+  dealt out to the clients, measured on the 34 other tasks of ni_unseen; `banking77_dirichlet_*`: clients drawn by
+  Dirichlet over the intents.
 """
 
 
@@ -66,12 +66,13 @@ class Source:
 
     file: str
     held_out: str = ""  # file of the held-out rows; none: the clients' own
-    alpha: float | None = None  # clients drawn by Dirichlet(alpha) over the answers; None: the first ones of the file
+    alpha: float | None = None  # clients drawn by Dirichlet(alpha) over the answers; None: as `dealt` says
+    dealt: bool = False  # the file's clients dealt out to so many; False: the first of them
 
 
 ROWS = {
     "clinc150": Source("clinc150"),
-    "ni": Source("ni_core", held_out="ni_unseen"),
+    "ni": Source("ni_core", held_out="ni_unseen", dealt=True),
     "banking77_dirichlet_0.1": Source("banking77", alpha=0.1),
     "banking77_dirichlet_1.0": Source("banking77", alpha=1.0),
 }
@@ -219,6 +220,9 @@ def write_rows(data: Path, source: Source, clients: int, target: Path) -> list[s
         method = Dirichlet(alpha=source.alpha, num_clients=clients, field="output")
         parts = method.split(train, stream(0, "partition"))
         train = [{**train[i], "client": name} for name, part in parts.items() for i in part]
+    elif source.dealt:
+        names = sorted({row["client"] for row in train})
+        train = [{**row, "client": f"client{names.index(row['client']) % clients}"} for row in train]
     owners = sorted({row["client"] for row in train})[:clients]
     train = [row for row in train if row["client"] in owners]
     if source.held_out:

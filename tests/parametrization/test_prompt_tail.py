@@ -1,7 +1,11 @@
 """Prompts in front of every row: the vectors of peft's prompt tuning, wherever a model is called."""
 
+import pytest
 import torch
 
+from kilotune.core.errors import ModelError
+from kilotune.engine.model.base import Base
+from kilotune.engine.model.export import export_model
 from kilotune.engine.model.generation import generate
 from kilotune.engine.model.loss import answer_loss
 from kilotune.engine.rows.batches import can_pack
@@ -50,3 +54,10 @@ def test_only_prompts_and_the_last_blocks_are_trained_and_the_prompts_start_smal
     assert len(names) == 2 * 7
     assert all(".layers.1." in name for name in names)
     assert 0.05 < float(trainable.wire["prompts"].abs().max()) < 0.1
+
+
+def test_no_folder_of_weights_is_made_of_a_model_with_prompts(tmp_path):
+    """Kills: a folder that loads without its prompts; a comparison that fails with no way out."""
+    ours, _ = pair()
+    with pytest.raises(ModelError, match=r"in front of every row.* Use the run itself"):
+        export_model(ours.model, Base("tiny", tmp_path, ours.model, None, ""), tmp_path / "out")

@@ -19,8 +19,9 @@ from kilotune.engine.memory import check_memory
 from kilotune.engine.model.base import Base, weights_digest
 from kilotune.engine.model.lean import quietly
 from kilotune.engine.model.sources import read_model
+from kilotune.parametrization._prompts import SoftPrompts
 
-__all__ = ["export_model", "export_peft", "merged"]
+__all__ = ["check_plain", "export_model", "export_peft", "merged"]
 
 RELOAD_BOUND = 1e-4  # largest difference of logits, relative to the largest logit: same weights, other memory layout
 MERGE_BOUND = 1e-3  # W x + B A x against (W + B A) x, rounded to float32 in every layer
@@ -32,11 +33,7 @@ def export_model(model: nn.Module, base: Base, folder: Path) -> None:
 
     Raises ModelError, and leaves the folder as it was, when the method cannot be merged or a check fails.
     """
-    if chooser(model) is not None:
-        raise ModelError(
-            "this model chooses for every row what it adds to its base, which no plain model does. Use the run itself: "
-            "kilotune evaluate, kilotune chat."
-        )
+    check_plain(model)
     _check_target(folder)
     whole: Any = merged(model) if hasattr(model, "peft_config") else model
     tokens = _probe(whole)
@@ -90,6 +87,19 @@ def merged(model: nn.Module) -> nn.Module:
 def _kind(model: Any) -> str:
     config = next(iter(model.peft_config.values()))
     return str(getattr(config.peft_type, "value", config.peft_type)).lower()
+
+
+def check_plain(model: nn.Module) -> None:
+    """Raises ModelError for a model that does what no folder of weights can say."""
+    more = ""
+    if chooser(model) is not None:
+        more = "chooses for every row what it adds to its base"
+    elif any(isinstance(module, SoftPrompts) for module in model.modules()):
+        more = "has vectors of its own in front of every row"
+    if more:
+        raise ModelError(
+            f"this model {more}, which no plain model does. Use the run itself: kilotune evaluate, kilotune chat."
+        )
 
 
 def _check_target(folder: Path) -> None:

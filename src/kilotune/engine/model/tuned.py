@@ -15,6 +15,7 @@ from kilotune.engine.composing.plan import Plan
 from kilotune.engine.composing.recipe import DataSection
 from kilotune.engine.files import read_tensors
 from kilotune.engine.model.base import Base, load_base
+from kilotune.engine.model.export import check_plain
 from kilotune.engine.rounds.ledger import LEDGER, Ledger
 from kilotune.engine.rounds.personal import personal_tensors
 from kilotune.engine.rounds.replica import Replica
@@ -129,7 +130,8 @@ def _from_checkpoint(path: Path, base_name: str | None) -> Tuned:
 
 
 def require_adapter(tuned: Tuned) -> Replica:
-    """The replica of a run whose result is a PEFT adapter."""
+    """The replica of a run whose result is a PEFT adapter. Raises ModelError."""
+    check_plain(tuned.model)
     if tuned.plan is None or tuned.replica is None or "adapter" not in tuned.plan.parametrization.gives:
         kind = tuned.plan.parametrization.method_name() if tuned.plan else "a plain model"
         raise ModelError(f"a PEFT folder holds an adapter, but this is {kind}. Use --to hf.")
