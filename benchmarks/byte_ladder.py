@@ -40,8 +40,8 @@ PASSES = 3  # a step with backprop: one pass forward, and one back that costs tw
 METHOD = """
 Every federated recipe on the same rows and the same clients, with the same local compute.
 
-- **Which.** Every shipped recipe with `rounds`, except those whose subject is trust, not bytes: with `privacy`, with
-  `secure_aggregation`, or named `robust_*`.
+- **Which.** Every shipped recipe with `rounds`. Those with `privacy: central` are made for a hundred clients and more;
+  here their noise has to hide each of {clients}, so their losses say nothing of what they come to among many.
 - **Compute.** A client makes {rounds} rounds x {local_steps} steps of {batch_size} rows, whatever the recipe says. A
   step with backprop counts as three forward passes (the way back costs two). Clients with forward passes alone may
   spend as many in all: a step is two, each measurement of the rate (`lr: auto`) eleven. A recipe that sends every
@@ -152,8 +152,7 @@ def federated() -> list[str]:
             content = read(name)
         except KilotuneError:
             return True
-        trust = content.get("privacy") or content.get("secure_aggregation") or name.startswith("robust_")
-        return bool(content.get("rounds")) and not trust
+        return bool(content.get("rounds"))
 
     return [name for name in shipped() if belongs(name)]
 
@@ -183,6 +182,10 @@ def same_compute(recipe: str, setting: Setting, changes: tuple[str, ...]) -> tup
         if "batch_size" in group:
             group["batch_size"] = setting.batch_size
     sets += ["clients=" + json.dumps(groups)] if groups else []
+    if own.partition is not None:
+        sets.append("partition=null")  # the ladder's rows have their owners
+    if hasattr(own.privacy, "clients"):
+        sets.append(f"privacy.clients={setting.clients}")
     compose(recipe, "federate", sets)
     return tuple(sets)
 
