@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 REFERENCES = "references"
+DIALS = {"kilotune": {"M 1024": ("basis.size=1024",), "M 16384": ("basis.size=16384", "optimizer.lr=2.0e-2")}}
 PASSES = 3  # a step with backprop: one pass forward, and one back that costs two
 
 METHOD = """
@@ -47,6 +48,7 @@ Every federated recipe on the same rows and the same clients, with the same loca
   spend as many in all: a step is two, each measurement of the rate (`lr: auto`) eleven. A recipe that sends every
   gradient (`local_steps: 1`) keeps doing so, in {local_steps} times as many rounds. What a part counts in rounds (a
   warm-up) is scaled with the rounds.
+- **Dial.** The default is there with a quarter and with four times its coefficients, too (`M`).
 - **Bytes.** All payloads of one client over the whole run, up and down.
 - **Rates.** Each recipe's own. "lr x 3" and the like: the best of a small grid, found with another seed (other
   batches, noise and held-out rows); with forward passes alone also the rate that `lr: auto` measures.
@@ -273,14 +275,18 @@ class Ladder:
 
     def climb(self, row: str, name: str) -> None:
         """All runs of one recipe on one set of rows."""
-        if name == REFERENCES:
-            jobs = self.references(row)
-        else:
-            jobs = [self.job(row, name, name, self.own[name]), *self.grid(row, name)]
+        jobs = self.references(row) if name == REFERENCES else [*self.plain(row, name), *self.grid(row, name)]
         for job in jobs:
             self.run(job)
         if name != REFERENCES and (best := self.tuned(row, name)):
             self.run(best)
+
+    def plain(self, row: str, name: str) -> list[Job]:
+        """A recipe as it is, and with its dial elsewhere."""
+        jobs = [self.job(row, name, name, self.own[name])]
+        for word, more in DIALS.get(name, {}).items():
+            jobs.append(self.job(row, f"{name}, {word}", name, same_compute(name, self.setting, ("seed=0", *more))))
+        return jobs
 
     def job(self, row: str, label: str, recipe: str, changes: tuple[str, ...]) -> Job:
         """A run on these rows."""
@@ -391,8 +397,8 @@ class Ladder:
         """What there is of one set of rows."""
         points: list[Point] = []
         errors, missing = dict(self.broken), list[str]()
-        for name, changes in self.own.items():
-            for job in filter(None, [self.job(row, name, name, changes), self.tuned(row, name)]):
+        for name in self.own:
+            for job in filter(None, [*self.plain(row, name), self.tuned(row, name)]):
                 if result := self.found(job):
                     points.append(Point(job.label, name, result))
                 elif why := self.failed(job):

@@ -86,6 +86,7 @@ def ladder(tmp_path, monkeypatch) -> Ladder:
     with gzip.open(tmp_path / "clinc150.jsonl.gz", "wt", encoding="utf-8") as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(byte_ladder, "federated", lambda: ["kilotune", "fedavg_lora"])
+    monkeypatch.setattr(byte_ladder, "DIALS", {"kilotune": {"M 64": ("basis.size=64",)}})
     facts = {"model": "smollm2-135m", "clients": 2, "rounds": 4, "local_steps": 4, "batch_size": 2, "limit": 4}
     places = {"data": tmp_path, "output": tmp_path / "out", "page": tmp_path / "page.md", "rows": ["clinc150"]}
     return Ladder(Namespace(**facts, **places, every=2, tuned=False))
@@ -114,11 +115,12 @@ def test_finished_runs_are_kept_failed_ones_told_and_tried_again(ladder, monkeyp
         ladder.climb("clinc150", name)
     page = ladder.args.page.read_text()
     assert "`fedavg_lora` failed: kilotune: no room left" in page
-    assert "| **kilotune** \\* | 120 | 10 | 20 | 4 | 1.500 |" in page
+    for label in ("kilotune", "kilotune, M 64"):
+        assert f"| **{label}** \\* | 120 | 10 | 20 | 4 | 1.500 |" in page
     broken.clear()
     for name in ("kilotune", "fedavg_lora"):
         ladder.climb("clinc150", name)
-    assert calls == ["kilotune", "fedavg_lora", "fedavg_lora"]
+    assert calls == ["kilotune", "kilotune", "fedavg_lora", "fedavg_lora"]
     assert "failed" not in ladder.args.page.read_text()
 
 
