@@ -1,6 +1,7 @@
 """Shared by all tests: its place puts this folder on the import path, so that `tiny` can be imported everywhere."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,13 @@ def nobody_waits_for_the_disk():
     real, os.fsync = os.fsync, lambda descriptor: os.fstat(descriptor) and None
     yield
     os.fsync = real
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c_is_heard():
+    """A shell that starts the tests in the background has told them to ignore it; some press it themselves."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
