@@ -178,7 +178,9 @@ class Recipe(Section):
     precision: Literal["fp32", "bf16", "auto"] = Field(
         "fp32", description="of matrix products; auto: bf16 where this machine is measured to be faster with it"
     )
-    lr_schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="decay over the whole run")
+    lr_schedule: Literal["constant", "linear", "cosine", "wsd"] = Field(
+        "constant", description="decay over the whole run; wsd (warm-up, stable, decay): linear over its second half"
+    )
     warmup_frac: float = Field(0.0, ge=0, lt=1, description="fraction of the run in which the rate rises from 0")
     keep_optimizer: bool = Field(False, description="keep the local optimizer's state between rounds")
     threads: int | None = Field(None, ge=1, description="CPU threads; default: all cores; never changes a result")
