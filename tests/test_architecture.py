@@ -21,9 +21,14 @@ SLOW = {"torch", "transformers", "flwr", "peft", "numba", "datasets", "numpy"}
 
 
 @cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
 def imports(path: Path, top_level_only: bool = False) -> list[str]:
     """Full names of the modules a file imports."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = parsed(path)
     nodes = tree.body if top_level_only else list(ast.walk(tree))
     found = []
     for node in nodes:
@@ -62,14 +67,17 @@ def module_of(path: Path) -> str:
 
 
 def modules(path: Path) -> list[str]:
-    """Modules of the project that a file imports, names taken from a package counted as modules where they are."""
-    known = {module_of(other) for other in FILES} - {module_of(path)}
-    found = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            deeper = [f"{node.module}.{alias.name}" for alias in node.names]
-            found += [name if name in known else node.module for name in deeper]
-    return [name for name in found if name in known]
+    """Modules of the project that a file imports."""
+    return [name for name in (*imports(path), *imported_names(path)) if name in KNOWN and name != module_of(path)]
+
+
+def imported_names(path: Path) -> list[str]:
+    """What follows `from ... import`, with its package: names of modules, and of much else."""
+    nodes = [node for node in ast.walk(parsed(path)) if isinstance(node, ast.ImportFrom) and node.module]
+    return [f"{node.module}.{alias.name}" for node in nodes for alias in node.names]
+
+
+KNOWN = {module_of(path) for path in FILES}
 
 
 def test_each_heavy_library_has_one_home():
