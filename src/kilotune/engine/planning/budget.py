@@ -15,21 +15,20 @@ from kilotune.engine.planning.facts import Facts
 __all__ = ["Budget", "parse_size", "propose"]
 
 LADDER = "docs/byte_ladder.md, clinc150"
-DIAL = "docs/log.md: M is the dial, at the same compute"
 EXPECTED: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("fedavgm", (), f"loss 0.621 ({LADDER})"),
+    ("kilotune", ("basis.size=16384", "optimizer.lr=2.0e-2"), f"loss 0.700 ({LADDER})"),
+    ("kilotune", (), f"loss 0.788 ({LADDER})"),
     ("fedavg_lora", (), f"loss 0.850 ({LADDER})"),
-    ("kilotune", ("basis.size=16384", "optimizer.lr=2.0e-2"), "loss 0.945 where M=4096 has 1.139 (docs/log.md)"),
-    ("kilotune", (), f"loss 0.962 ({LADDER})"),
-    ("mixed", (), f"loss 1.004 ({LADDER})"),
+    ("mixed", (), f"loss 0.886 ({LADDER})"),
+    ("kilotune", ("basis.size=1024",), f"loss 0.934 ({LADDER})"),
     ("fed_sb", (), f"loss 1.292 ({LADDER})"),
-    ("kilotune", ("basis.size=1024",), f"not measured; below M=4096 ({DIAL})"),
     ("ferret", (), f"loss 1.657 ({LADDER})"),
     ("kilotune_zeroth", (), f"loss 3.455 ({LADDER})"),
     ("fedkseed_pro", (), f"loss 4.286 ({LADDER})"),
     ("fedkseed", (), f"loss 4.286 ({LADDER})"),
     ("local_lora", (), "as fedavg_lora"),
-    ("local_subspace", ("basis.size=16384", "optimizer.lr=1.0e-2"), f"not measured; above M=4096 ({DIAL})"),
+    ("local_subspace", ("basis.size=16384", "optimizer.lr=1.0e-2"), "not measured; as kilotune of that size"),
     ("local_subspace", (), "as kilotune"),
     ("local_mezo", (), "forward passes only, as kilotune_zeroth"),
 )

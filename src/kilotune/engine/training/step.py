@@ -17,7 +17,6 @@ from kilotune.engine.model.loss import answer_loss, example_losses
 from kilotune.estimator import Estimator, Objective
 from kilotune.optimizer import Optimizer
 
-
 DECAY = 0.5  # of the run; Hu et al. (MiniCPM), arXiv 2404.06395, take 0.1 of runs that are thousands of times longer
 
 
