@@ -10,17 +10,16 @@ Wire: "PRK1" | u32 table checksum | u16 ρ for every pair in order of A's names 
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
-from kilotune.codec import Codec, State, TensorUpdate, Update, WireContext, WireError
+from kilotune.codec import State, TensorUpdate, Update, WireContext, WireError
+from kilotune.codec._carried import Carried
 from kilotune.codec._frame import check, in_name_order, open_header, table_checksum
 from kilotune.codec._ranks import filled, fixed_length, modules, num_modules, places
 from kilotune.codec._vector import flatten, nested, opened, rebuild
-from kilotune.codec.dense import Dense
-from kilotune.core.nested import Nested
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,24 +29,12 @@ MAGIC = b"PRK1"
 COUNT = np.dtype("<u2")
 
 
-class PairRanks(Codec):
+class PairRanks(Carried):
     """The first components of every pair."""
 
     gives: ClassVar[frozenset[str]] = frozenset({"values", "any_rank", "rank_each", "own_support"})
 
-    values: Annotated[Codec, Nested("codec")] = Field(default_factory=Dense, description="what carries the numbers")
-
     _fixed = field_validator("values")(fixed_length)
-
-    @property
-    def exact(self) -> bool:
-        """No: components that are zero may be left out."""
-        return False
-
-    @property
-    def bounded_loss(self) -> bool:
-        """As what carries the numbers."""
-        return self.values.bounded_loss
 
     def encode(self, update: Update, context: WireContext, state: State) -> bytes:
         """Keeps no state."""

@@ -11,23 +11,21 @@ round, name "randomk") over n elements, tensors by name; among equal elements th
 from __future__ import annotations
 
 import struct
-from typing import Annotated
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from kilotune.codec import Codec, State, TensorUpdate, Update, WireContext, _sparse
+from kilotune.codec import State, TensorUpdate, Update, WireContext, _sparse
+from kilotune.codec._carried import Carried
 from kilotune.codec._frame import check, in_name_order, numels, open_header, table_checksum
-from kilotune.codec._vector import flatten, largest, nested, opened, plain, rebuild
-from kilotune.codec.dense import Dense
-from kilotune.core.nested import Nested
+from kilotune.codec._vector import flatten, largest, nested, opened, rebuild
 from kilotune.core.noise import noise
 
 HEADER = struct.Struct("<4sI")
 MAGIC = b"RDK1"
 
 
-class RandomK(Codec):
+class RandomK(Carried):
     """Some numbers of an update; the others count as zero."""
 
     gives = frozenset({"round_bound"})
@@ -36,9 +34,6 @@ class RandomK(Codec):
     unbiased: bool = Field(
         True, description="multiply by n / k, so that the mean over choices is the update; not with a residual"
     )
-    values: Annotated[Codec, Nested("codec")] = Field(default_factory=Dense, description="what carries the numbers")
-
-    _plain = field_validator("values")(plain)
 
     @property
     def exact(self) -> bool:

@@ -17,25 +17,24 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from pydantic import Field, field_validator
 
-from kilotune.codec import Codec, State, TensorUpdate, Update, WireContext, WireError
+from kilotune.codec import State, TensorUpdate, Update, WireContext, WireError
+from kilotune.codec._carried import Carried
 from kilotune.codec._frame import check_finite
 from kilotune.codec._ranks import Modules, filled, fixed_length, modules, num_modules
-from kilotune.codec.dense import Dense
 from kilotune.codec.pair_ranks import PairRanks
 from kilotune.core.lazy import torch
-from kilotune.core.nested import Nested
 from kilotune.core.rng import stream
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class RankBudget(Codec):
+class RankBudget(Carried):
     """Another codec around the components that fit."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"factor_pair", "fresh_start"})
@@ -46,7 +45,6 @@ class RankBudget(Codec):
     )
     bandwidth: float = Field(1e7, gt=0, description="Hz; AirLLM: 1e8 for up to 64 components of OPT-1.3B")
     seconds: float = Field(1.0, gt=0, description="what an update may take on the air; AirLLM: 1 s")
-    values: Annotated[Codec, Nested("codec")] = Field(default_factory=Dense, description="what carries the numbers")
 
     _fixed = field_validator("values")(fixed_length)
 
@@ -54,11 +52,6 @@ class RankBudget(Codec):
     def bare(self) -> PairRanks:
         """What makes the bytes."""
         return PairRanks(values=self.values)
-
-    @property
-    def exact(self) -> bool:
-        """No: it follows the channel."""
-        return False
 
     @property
     def bounded_loss(self) -> bool:

@@ -10,40 +10,26 @@ Wire: "TPK1" | u32 table checksum | u32 k | u8 b | u32 bytes of places | places 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from kilotune.codec import Codec, State, TensorUpdate, Update, WireContext, _sparse
+from kilotune.codec import State, TensorUpdate, Update, WireContext, _sparse
+from kilotune.codec._carried import Carried
 from kilotune.codec._frame import numels
-from kilotune.codec._vector import flatten, nested, opened, plain, rebuild
-from kilotune.codec.dense import Dense
-from kilotune.core.nested import Nested
+from kilotune.codec._vector import flatten, nested, opened, rebuild
 
 MAGIC = b"TPK1"
 
 
-class TopK(Codec):
+class TopK(Carried):
     """The largest numbers of an update; the others count as zero."""
 
     gives = frozenset({"own_support"})
 
     density: float = Field(0.25, gt=0, le=1, description="fraction of the numbers that travel; FLASC uses 1/4 to 1/64")
     scope: Literal["all", "tensor"] = Field("all", description="largest of all tensors together, or of each tensor")
-    values: Annotated[Codec, Nested("codec")] = Field(default_factory=Dense, description="what carries the numbers")
-
-    _plain = field_validator("values")(plain)
-
-    @property
-    def exact(self) -> bool:
-        """No: how well places can be coded depends on where they are."""
-        return False
-
-    @property
-    def bounded_loss(self) -> bool:
-        """As what carries the numbers."""
-        return self.values.bounded_loss
 
     def encode(self, update: Update, context: WireContext, state: State) -> bytes:
         """Keeps no state."""

@@ -46,7 +46,8 @@ def fitted(values: np.ndarray, bits: int) -> tuple[float, float, np.ndarray]:
     mean, deviation = float(values.mean()), float(values.std())
     places = np.searchsorted(gaussian_thresholds(bits), (values - mean) / (deviation or 1.0)).astype(np.uint8)
     level = gaussian_levels(bits)[places]
-    level -= (middle := float(level.mean()))
+    middle = float(level.mean())
+    level -= middle
     spread = float(level @ level)
     slope = float(level @ values) / spread if deviation and spread else 0.0
     return mean - slope * middle, slope, places

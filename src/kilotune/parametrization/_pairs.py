@@ -1,7 +1,6 @@
 """Pairs: LoRA whose factors travel as they are, because what is combined is their product and not each of them.
 
-An update holds A and B as training left them, not how far they moved. The one exception says that nothing happened: a
-client that did not train sends zeros, and a round of zeros leaves everything as it is.
+An update holds A and B as training left them (`_values`).
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from kilotune.core.types import TensorUpdate
 from kilotune.parametrization import Parametrization, Trainable
 from kilotune.parametrization._direct import DirectTrainable
 from kilotune.parametrization._targets import select
+from kilotune.parametrization._values import as_they_are, happened
 from kilotune.parametrization.peft import Peft
 
 if TYPE_CHECKING:
@@ -47,8 +47,7 @@ class PairsTrainable(DirectTrainable):
     def update(self) -> TensorUpdate:
         """The factors as they are now, or zeros where none of them moved."""
         moved = any(not torch.equal(value, self._start(name)) for name, value in self.wire.items())
-        make = torch.clone if moved else torch.zeros_like
-        return TensorUpdate({name: make(value) for name, value in self.wire.items()})
+        return as_they_are(self.wire, moved)
 
     def rollback(self) -> None:
         if self._whole:
@@ -58,7 +57,7 @@ class PairsTrainable(DirectTrainable):
 
     def apply(self, changes: Iterable[tuple[str, Tensor]], root: int) -> None:
         pairs = dict(changes)
-        if any(factor.any() for factor in pairs.values()):
+        if happened(pairs):
             self._take(pairs)
 
     @abstractmethod

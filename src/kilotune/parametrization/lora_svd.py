@@ -27,6 +27,7 @@ from kilotune.core.types import TensorUpdate
 from kilotune.parametrization import Directions, Sink, Trainable
 from kilotune.parametrization._derived import DerivedTrainable
 from kilotune.parametrization._pairs import PairsMethod
+from kilotune.parametrization._values import as_they_are
 from kilotune.parametrization.lora_merged import LoraMergedTrainable
 
 if TYPE_CHECKING:
@@ -66,8 +67,7 @@ class LoraSvdTrainable(DerivedTrainable, LoraMergedTrainable):
     def update(self) -> TensorUpdate:
         """B and A as they are now, or zeros where e did not move."""
         moved = any(self.wire[e].any() for _, e in self._names.values())
-        make = torch.clone if moved else torch.zeros_like
-        return TensorUpdate({name: make(param.data) for name, param in self.params.items()})
+        return as_they_are({name: param.data for name, param in self.params.items()}, moved)
 
     def _fresh(self, root: int) -> None:
         with one_thread():

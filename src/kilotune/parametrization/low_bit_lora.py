@@ -32,6 +32,7 @@ from kilotune.core.types import TensorUpdate
 from kilotune.parametrization import Directions, Parametrization, Sink, Trainable
 from kilotune.parametrization._derived import DerivedTrainable
 from kilotune.parametrization._pairs import adapted
+from kilotune.parametrization._values import as_they_are, happened
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -52,13 +53,13 @@ class LowBitTrainable(DerivedTrainable):
 
     def follow(self, wire: dict[str, Tensor], *names: str) -> None:
         for name in names or wire:
-            mean, deviation = moments(wire[name])
+            mean, deviation = _moments(wire[name])
             levels = self._levels[torch.bucketize((wire[name] - mean) / (deviation + EPS), self._thresholds)]
             self.params[name].data = levels.mul_(deviation).add_(mean)
 
     def pull(self, name: str, gradient: Tensor, sink: Sink) -> None:
         latent, count = self.wire[name], gradient.numel()
-        mean, deviation = moments(latent)
+        mean, deviation = _moments(latent)
         if deviation == 0:
             sink(name, gradient)
             return
@@ -71,12 +72,11 @@ class LowBitTrainable(DerivedTrainable):
     def update(self) -> TensorUpdate:
         """The factors as they are now, or zeros where none of them moved."""
         moved = any(not torch.equal(value, self._anchor[name]) for name, value in self.wire.items())
-        make = torch.clone if moved else torch.zeros_like
-        return TensorUpdate({name: make(param.data) for name, param in self.params.items()})
+        return as_they_are({name: param.data for name, param in self.params.items()}, moved)
 
     def apply(self, changes: Iterable[tuple[str, Tensor]], root: int) -> None:
         factors = dict(changes)
-        if any(factor.any() for factor in factors.values()):
+        if happened(factors):
             for name, factor in factors.items():
                 self.wire[name].copy_(self._latent(factor))
         self.follow(self.wire)
@@ -90,7 +90,7 @@ class LowBitTrainable(DerivedTrainable):
         return torch.from_numpy(latent.astype(np.float32)).view(factor.shape)
 
 
-def moments(values: Tensor) -> tuple[float, float]:
+def _moments(values: Tensor) -> tuple[float, float]:
     """Mean and deviation, summed in NumPy's fixed order, so that no number of threads changes a bit."""
     exact = values.detach().numpy().astype(np.float64)
     return float(exact.mean()), float(exact.std())

@@ -62,7 +62,7 @@ def _uplink_clashes(plan: "Plan") -> list[str]:
             )
         if plan.basis is None:
             problems.append(f"uplink {up!r} needs a basis. Use parametrization: subspace, or uplink: dense.")
-        if optimizer != "sgd" or getattr(plan.optimizer, "momentum", 0.0) > 0:
+        if not plan.optimizer.by_parts:
             problems.append(
                 f"uplink {up!r} sends one scalar per direction, which optimizer {optimizer!r} with its memory cannot "
                 "be replayed from. Use optimizer: {name: sgd, momentum: 0}, or uplink: coefficients."
@@ -87,7 +87,7 @@ def _server_clashes(plan: "Plan") -> list[str]:
     if not pairs and "pairs" in plan.downlink.gives:
         problems.append(f"downlink {down!r} needs pairs, but uplink {up!r} brings tensors. Use downlink: {up}.")
     outer = plan.server_optimizer
-    if pairs and (outer.method_name() != "sgd" or getattr(outer, "momentum", 0.0) > 0):
+    if pairs and not outer.by_parts:
         problems.append(
             f"server_optimizer {outer.method_name()!r} with its memory needs tensors, but uplink {up!r} brings pairs. "
             "Use server_optimizer: {name: sgd, momentum: 0}, or uplink: coefficients."

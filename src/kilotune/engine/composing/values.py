@@ -6,6 +6,9 @@ were a change from zero. A codec that gives `values` sends every number, or the 
 
 from typing import TYPE_CHECKING
 
+from kilotune.engine.composing.pairs import PAIR
+from kilotune.engine.composing.recipe import CODECS
+
 if TYPE_CHECKING:
     from kilotune.engine.composing.plan import Plan
 
@@ -18,13 +21,14 @@ def value_clashes(plan: "Plan") -> list[str]:
         return []
     kind, local, outer = plan.parametrization.method_name(), plan.optimizer, plan.server_optimizer
     problems = []
-    for way, codec in (("uplink", plan.uplink), ("downlink", plan.downlink)):
+    for way in CODECS:
+        codec = getattr(plan, way)
         if WORD not in codec.gives:
             problems.append(
                 f"{way} {codec.method_name()!r} is for changes, but parametrization {kind!r} sends tensors that are no "
-                f"small changes. Use {way}: {'low_rank' if 'factor_pair' in plan.parametrization.gives else 'dense'}."
+                f"small changes. Use {way}: {'low_rank' if PAIR in plan.parametrization.gives else 'dense'}."
             )
-    if outer.method_name() != "sgd" or getattr(outer, "momentum", 0.0) > 0 or outer.lr != 1.0:
+    if not outer.by_parts or outer.lr != 1.0:
         problems.append(
             f"server_optimizer {outer.method_name()!r} of lr {outer.lr} would scale the tensors that parametrization "
             f"{kind!r} sends whole. Use server_optimizer: {{name: sgd, lr: 1.0, momentum: 0}}."
