@@ -348,7 +348,7 @@ def test_a_cut_ledger_line_is_no_round_and_an_altered_one_is_refused(settings, u
 def test_a_folder_of_another_recipe_is_refused_with_both_ids(settings, undisturbed, copy, tmp_path, base, data):
     ids = [
         kilotune("recipe", "check", "kilotune", *settings, "-s", f"optimizer.lr={lr}", "--format", "json").json
-        for lr in (3e-2, 0.5)
+        for lr in (2.5e-2, 0.5)
     ]
     ended = kilotune("federate", *settings, "-s", "optimizer.lr=0.5", "-o", copy)
     refused(ended, 1, *(each["recipe_id"] for each in ids), "or another --output")

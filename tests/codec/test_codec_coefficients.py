@@ -41,16 +41,29 @@ def test_golden_bytes() -> None:
     )
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [("int8", 4300), ("int16", 8500)])
-def test_four_thousand_coefficients_fit_the_budget(dtype: str, bound: int) -> None:
+def test_golden_bytes_of_four_bits() -> None:
+    """Kills: halves of a byte the other way round; negative numbers without their sign."""
+    x = torch.tensor([7.0, 2.5, 3.5, -7.0, 0.0, 0.0, 14.0])
+    codec = Coefficients(dtype="int4", block=2)
+    payload = codec.encode(TensorUpdate({"coords": x}), context(7), {})
+    assert payload[4:9] == struct.pack("<BHh", 5, 2, -13)
+    assert payload[25:].hex(" ") == "00 70 00 70 00 00 00 74 72 49 00 70"
+    assert codec.decode(payload, context(7)).tensors["coords"].tolist() == [7, 2, 4, -7, 0, 0, 14]
+    for last in (b"\x80", b"\x71"):  # -8, and bits behind the last number
+        with pytest.raises(WireError):
+            codec.decode(payload[:-1] + last, context(7))
+
+
+@pytest.mark.parametrize(("dtype", "block", "size", "bound"), [("int4", 128, 8192, 4400), ("int8", 256, 8192, 8800)])
+def test_the_default_coefficients_fit_the_budget(dtype: str, block: int, size: int, bound: int) -> None:
     """Kills: wide scales or headers that break the promise of 4.4 kB up and 8.8 kB down."""
-    codec = Coefficients(dtype=dtype)
-    payload = codec.encode(TensorUpdate({"coords": coords(0)}), context(), {})
-    assert len(payload) == codec.predict_bytes({"coords": M}, 0) <= bound
+    codec = Coefficients(dtype=dtype, block=block)
+    payload = codec.encode(TensorUpdate({"coords": coords(0, size)}), context(size), {})
+    assert len(payload) == codec.predict_bytes({"coords": size}, 0) <= bound
 
 
 @pytest.mark.parametrize("factor", [1.0, 1e-38, 1e-44, 1e30])
-@pytest.mark.parametrize("dtype", ["int8", "int16", "fp16"])
+@pytest.mark.parametrize("dtype", ["int4", "int8", "int16", "fp16"])
 def test_rounding_stays_within_half_a_step_of_each_block(dtype: str, factor: float) -> None:
     """Kills: scales rounded down, so that the largest number is cut off; fp16 under- and overflow of scales.
 
@@ -82,7 +95,7 @@ def test_scales_are_rounded_up() -> None:
     assert (np.nextafter(rounded.astype(np.float16), np.float16(0)).astype(np.float64) < values).all()
 
 
-@pytest.mark.parametrize("dtype", ["int8", "int16", "fp16"])
+@pytest.mark.parametrize("dtype", ["int4", "int8", "int16", "fp16"])
 def test_error_feedback_loses_nothing_under_one_root(dtype: str) -> None:
     """Kills: a residual that is not added, added twice, or taken from the update without the old residual.
 
@@ -96,7 +109,9 @@ def test_error_feedback_loses_nothing_under_one_root(dtype: str) -> None:
         decoded += through(codec, x, context(), state).double()
     residual = state["residual/coords"].double()
     assert (sent - decoded - residual).abs().max() <= 20 * 2.0**-24 * residual.abs().max()
-    assert residual.abs().max() <= 0.51 * 1.01 * 100 / LIMIT["int8"]  # half a step of the largest block peak
+    assert (
+        residual.abs().max() <= 0.51 * 1.01 * 100 / LIMIT[dtype if dtype == "int4" else "int8"]
+    )  # half a step of the largest block peak
 
 
 def test_a_residual_of_another_root_is_dropped() -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Shapes = dict[str, tuple[int, ...]]
 TOP = 1e38  # beyond this a decoded float32 number could overflow
 
-DTYPE_CODES = {"fp32": 0, "fp16": 1, "bf16": 2, "int8": 3, "int16": 4}
+DTYPE_CODES = {"fp32": 0, "fp16": 1, "bf16": 2, "int8": 3, "int16": 4, "int4": 5}
 """Numbers of the element types in headers, one table for all codecs."""
 
 

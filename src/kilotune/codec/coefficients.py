@@ -5,9 +5,9 @@ Source: ours; absmax block scales as in Dettmers et al., "8-bit Optimizers via B
 Schemes", arXiv 1901.09847.
 Departs: a block's step is fp16 rounded up, times 2^e shared by the payload, so that no number leaves the integer
 range and neither tiny nor huge updates underflow or overflow.
-Wire: "COF1" | u8 dtype (1 fp16, 3 int8, 4 int16) | u16 block | i16 e | u32 table checksum | u32 number of blocks |
-u64 n | fp16 step of each block | n numbers; little-endian, 25 + 2·blocks + width·n bytes. Blocks restart at each
-tensor; tensors travel in name order.
+Wire: "COF1" | u8 dtype (1 fp16, 3 int8, 4 int16, 5 int4) | u16 block | i16 e | u32 table checksum | u32 number of
+blocks | u64 n | fp16 step of each block | n numbers (int4: two per byte, the first one high); little-endian,
+25 + 2·blocks + ⌈bits·n/8⌉ bytes. Blocks restart at each tensor; tensors travel in name order.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pydantic import Field
 
 from kilotune.codec import Codec, State, TensorUpdate, Update, WireContext, WireError
 from kilotune.codec._blocks import block_peaks, layout, round_up_fp16, signed
+from kilotune.codec._codes import num_bytes, pack, unpack
 from kilotune.codec._frame import (
     DTYPE_CODES,
     check,
@@ -36,8 +37,9 @@ from kilotune.core.lazy import torch
 
 HEADER = struct.Struct("<4sBHhIIQ")
 MAGIC = b"COF1"
-LIMIT = {"int8": 127, "int16": 32767, "fp16": 32768}  # largest |q|
-WIRE = {"int8": "<i1", "int16": "<i2", "fp16": "<f2"}
+LIMIT = {"int4": 7, "int8": 127, "int16": 32767, "fp16": 32768}  # largest |q|
+BITS = {"int4": 4, "int8": 8, "int16": 16, "fp16": 16}
+WHOLE = {"int4": "<i1", "int8": "<i1", "int16": "<i2", "fp16": "<f2"}  # a number before it is packed
 
 
 class Coefficients(Codec):
@@ -45,7 +47,7 @@ class Coefficients(Codec):
 
     gives = frozenset({"summable"})
 
-    dtype: Literal["int8", "int16", "fp16"] = Field("int8", description="type of a number inside its block")
+    dtype: Literal["int4", "int8", "int16", "fp16"] = Field("int8", description="type of a number inside its block")
     block: int = Field(64, ge=1, le=65535, description="numbers that share a 2-byte step")
     error_feedback: bool = Field(True, description="add what rounding lost to the next update under the same root")
 
@@ -78,7 +80,7 @@ class Coefficients(Codec):
             state["residual_root"] = torch.tensor(signed(context.root), dtype=torch.int64)
         head = (self.block, exponent, table_checksum(shapes), sum(s.size for s in scales), sum(q.size for q in numbers))
         header = HEADER.pack(MAGIC, DTYPE_CODES[self.dtype], *head)
-        return b"".join([header, *(part.tobytes() for part in scales + numbers)])
+        return b"".join([header, *(part.tobytes() for part in scales), *self._packed(numbers)])
 
     def _values(self, update: TensorUpdate, context: WireContext, state: State) -> dict[str, np.ndarray]:
         """(n,) float64 of each tensor in name order: the update plus what earlier rounds lost."""
@@ -98,7 +100,17 @@ class Coefficients(Codec):
     def _quantize(self, value: np.ndarray, scale: np.ndarray, exponent: int) -> np.ndarray:
         step = np.repeat(np.ldexp(scale.astype(np.float64), exponent), self.block)[: value.size]
         ratio = np.divide(value, step, out=np.zeros_like(value), where=step > 0)
-        return (ratio if self.dtype == "fp16" else np.rint(ratio)).astype(WIRE[self.dtype])
+        return (ratio if self.dtype == "fp16" else np.rint(ratio)).astype(WHOLE[self.dtype])
+
+    def _packed(self, numbers: list[np.ndarray]) -> list[bytes]:
+        if self.dtype != "int4":
+            return [part.tobytes() for part in numbers]
+        return [pack(np.concatenate([np.zeros(0, np.int8), *numbers]).view(np.uint8) & 0xF, 4)]
+
+    def _unpacked(self, raw: bytes, count: int) -> np.ndarray:
+        if self.dtype != "int4":
+            return np.frombuffer(raw, WHOLE[self.dtype], count)
+        return (unpack("coefficients", raw, 4, count) ^ 8).view(np.int8) - np.int8(8)  # two's complement
 
     def _dequantize(self, number: np.ndarray, scale: np.ndarray, exponent: int) -> np.ndarray | None:
         """(n,) float32. The product is exact in float64 and rounded once, so every machine gets the same bits. None
@@ -118,10 +130,10 @@ class Coefficients(Codec):
         check("coefficients", "table checksum", table, checksum)
         check("coefficients", "number of blocks", num_blocks, sum(blocks))
         check("coefficients", "number count", count, total)
-        size = HEADER.size + 2 * num_blocks + np.dtype(WIRE[self.dtype]).itemsize * total
-        check("coefficients", "length", len(payload), size)
+        middle = HEADER.size + 2 * num_blocks
+        check("coefficients", "length", len(payload), middle + num_bytes(total, BITS[self.dtype]))
         scales = np.frombuffer(payload, "<f2", num_blocks, HEADER.size)
-        numbers = np.frombuffer(payload, WIRE[self.dtype], total, HEADER.size + 2 * num_blocks)
+        numbers = self._unpacked(payload[middle:], total)
         tensors, at, first = {}, 0, 0
         for (name, shape), step_count in zip(shapes.items(), blocks, strict=True):
             part, steps = numbers[at : at + numel(shape)], scales[first : first + step_count]
@@ -133,9 +145,9 @@ class Coefficients(Codec):
         return TensorUpdate(tensors)
 
     def predict_bytes(self, update_numel: dict[str, int], num_pairs: int) -> int:
-        """Exact: 25 + 2 · blocks + width · n."""
+        """Exact."""
         blocks = sum(-(-count // self.block) for count in update_numel.values())
-        return HEADER.size + 2 * blocks + np.dtype(WIRE[self.dtype]).itemsize * sum(update_numel.values())
+        return HEADER.size + 2 * blocks + num_bytes(sum(update_numel.values()), BITS[self.dtype])
 
 
 METHOD = Coefficients
