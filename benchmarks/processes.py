@@ -57,23 +57,25 @@ def federate(
     clients: Path,
     quiet: bool = False,
     timeout_s: float | None = None,
+    recipe: str = "kilotune",
+    command: list[str] = KILOTUNE,
 ) -> dict[str, Any]:
     """The summary of a run of these enrolled clients; ends this process with the server's code when that fails.
 
     Clients write into `clients`/NAME, and what they say into client-NAME.log beside it; `quiet`: what the server says
-    is not shown.
+    is not shown. `command`: what a client is run with.
     """
     clients.mkdir(parents=True, exist_ok=True)
     sets = [word for setting in settings for word in ("--set", setting)]
     with ExitStack() as stack:
         running = []
         for name in names:
-            words = [*KILOTUNE, *client_words(keys, name, data, clients / name), *sets]
+            words = [*command, *client_words(keys, name, data, clients / name), "--recipe", recipe, *sets]
             client = start(words, clients.parent / f"client-{name}.log")
             stack.callback(client.wait)
             stack.callback(client.kill)
             running.append(client)
-        words = [*KILOTUNE, "server", "run", "kilotune", "--keys", str(keys), "--output", str(server)]
+        words = [*KILOTUNE, "server", "run", recipe, "--keys", str(keys), "--output", str(server)]
         said = subprocess.DEVNULL if quiet else None
         done = subprocess.run(
             [*words, *sets, "--format", "json"], stdout=subprocess.PIPE, stderr=said, timeout=timeout_s, text=True

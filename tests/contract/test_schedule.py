@@ -17,12 +17,14 @@ def build(name: str) -> Schedule:
 
 @pytest.mark.parametrize("name", names("schedule"))
 def test_a_choice_is_a_sorted_sublist_of_the_roster_without_repeats(name: str) -> None:
-    """Kills: drawing with replacement; clients that are not present; results in order of drawing."""
+    """Kills: drawing with replacement; clients that are not present; results in order of drawing; a
+    schedule that says it asks everybody and does not."""
     for number in range(1, 30):
         chosen = build(name).sample(number, ROSTER, stream(0, "schedule", number))
         assert chosen == sorted(set(chosen))
         assert set(chosen) <= set(ROSTER)
         assert chosen
+        assert chosen == ROSTER or not build(name).everybody
 
 
 @pytest.mark.parametrize("name", names("schedule"))

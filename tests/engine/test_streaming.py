@@ -66,7 +66,7 @@ def through_the_parts(rounds, overlap, mixing):
         for client in range(3):
             trainable.begin(0)
             own = OwnWeights(composed, trainable, kept[client], number)
-            own.resume()
+            own.resume({})
             for step in range(STEPS):
                 own.before_step(step)
                 for name in NAMES:

@@ -21,6 +21,7 @@ from kilotune.engine.model.base import Base
 from kilotune.engine.model.evaluation import EvaluationReport
 from kilotune.engine.partial.emulator import require_deployable
 from kilotune.engine.partial.split import refuse_deployed
+from kilotune.engine.rounds.ahead import Ahead
 from kilotune.engine.rounds.federation import Federation
 from kilotune.engine.rounds.identity import Heads, open_identity
 from kilotune.engine.rounds.ledger import Ledger
@@ -134,7 +135,7 @@ def join(
         )
         limits = limits_of(plan, replica.shapes, MOST_CLIENTS)
         emit({"event": "status", "text": f"client {invitation.client}: {len(train)} rows, joining {invitation.server}"})
-        last = ""
+        ahead, last = Ahead(worker.handle, worker.ahead), ""
 
         def say(text: str) -> None:
             emit({"event": "status", "text": text})
@@ -142,10 +143,13 @@ def join(
         def handle(request: Request) -> Reply:
             nonlocal last
             last = request.kind
-            return worker.handle(request)
+            return ahead.handle(request)
 
         with asked_to_stop(emit) as stop:
-            stay(invitation, handle, wait_s, say, stop.asked, heads, limits)
+            try:
+                stay(invitation, handle, wait_s, say, stop.asked, heads, limits)
+            finally:
+                ahead.pause()
         if stop.requested and last != "finish":
             raise StoppedError(f"left after round {worker.round}, as asked. Run it again to go on.", stop.number)
         return {

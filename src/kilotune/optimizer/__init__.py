@@ -36,6 +36,11 @@ class Optimizer(Method):
         return False
 
     @property
+    def anchored(self) -> bool:
+        """Whether no step of a round can be taken before it is known where the round begins: `begin` looks at it."""
+        return type(self).begin is not Optimizer.begin
+
+    @property
     def copies(self) -> int:
         """Numbers it holds beside every parameter while a round is trained."""
         return 0

@@ -1,6 +1,7 @@
 """Schedule: who trains in which round."""
 
 from abc import abstractmethod
+from typing import ClassVar
 
 import numpy as np
 
@@ -11,6 +12,9 @@ __all__ = ["Schedule"]
 
 class Schedule(Method):
     """Contract. No client twice in a round; the same generator gives the same choice."""
+
+    everybody: ClassVar[bool] = False
+    """Whether every client is asked in every round."""
 
     @abstractmethod
     def sample(self, round: int, roster: list[str], rng: np.random.Generator) -> list[str]:

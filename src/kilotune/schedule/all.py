@@ -3,6 +3,8 @@
 Source: full participation, the setting of cross-silo federations.
 """
 
+from typing import ClassVar
+
 import numpy as np
 
 from kilotune.schedule import Schedule
@@ -10,6 +12,8 @@ from kilotune.schedule import Schedule
 
 class All(Schedule):
     """Everybody, always; draws no random number."""
+
+    everybody: ClassVar[bool] = True
 
     def sample(self, round: int, roster: list[str], rng: np.random.Generator) -> list[str]:
         """The sorted roster."""

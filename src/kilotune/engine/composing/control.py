@@ -106,10 +106,9 @@ def _participation(plan: "Plan") -> list[str]:
     share = getattr(plan.server_optimizer, "participation", None)
     if share is None:
         return []
-    everybody = plan.schedule.method_name() == "all"
-    if everybody and share != 1:
+    if plan.schedule.everybody and share != 1:
         return [f"server_optimizer.participation: got {share}, but schedule 'all' asks everybody. Use 1."]
-    if not everybody and share == 1:
+    if not plan.schedule.everybody and share == 1:
         return [
             "server_optimizer.participation: got 1, but the schedule asks only some. Give clients_per_round over all "
             "clients, or use schedule: all."

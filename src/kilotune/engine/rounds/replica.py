@@ -55,6 +55,12 @@ class Replica:
         known = partial(probes, self.plan, self.trainable, round)
         return WireContext(round, self.plan.root(round), self.shapes, self.plan.num_directions, probes=known)
 
+    def draw_by(self, packed: bytes) -> None:
+        """From here on, draw directions by the probabilities that a request gives."""
+        from kilotune.aggregation.seed_sum import unpack_probabilities
+
+        self.trainable.probabilities = unpack_probabilities(packed, self.plan.num_directions)  # type: ignore[attr-defined]
+
     def changes(self, update: Update, context: WireContext) -> Iterable[tuple[str, Tensor]]:
         """(wire tensor, change) pairs of a decoded update."""
         if isinstance(update, SeedUpdate) and self.plan.basis is not None:

@@ -5,9 +5,12 @@ from round to round. What it sends of a tensor is the way from the last common s
 
 Source: Douillard et al., "Streaming DiLoCo with overlapping communication: Towards a Distributed Free Lunch", arXiv
 2501.18512: fragments, results that land some steps late, and mixing with the weights a client has reached meanwhile.
-Departs: a client waits for a round's result and then works its first `overlap` steps without it, so that the arithmetic
-is the paper's and the time is not.
+Departs: only clients on machines of their own take the first `overlap` steps while a result travels (`ahead`), and only
+where all take part in every round. A client sends when its round is over, not in the middle of it, so the rest of its
+steps overlap with nothing.
 """
+
+from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -17,12 +20,14 @@ from kilotune.core.trainable import Trainable
 from kilotune.core.types import State
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from kilotune.engine.composing.plan import Plan
 
 ROUND = "/round"  # no tensor has this name
 
 
-def streams(plan: "Plan") -> bool:
+def streams(plan: Plan) -> bool:
     """Whether the clients of this plan go on from their own weights."""
     settings = plan.recipe.streaming
     return plan.uplink.cycle > 1 or settings.overlap > 0 or settings.mixing > 0
@@ -31,7 +36,7 @@ def streams(plan: "Plan") -> bool:
 class OwnWeights:
     """One client's weights through one round. `kept` is what the last round has left, and is left to the next."""
 
-    def __init__(self, plan: "Plan", trainable: Trainable, kept: State, number: int) -> None:
+    def __init__(self, plan: Plan, trainable: Trainable, kept: State, number: int) -> None:
         self._plan, self._trainable, self._kept, self._number = plan, trainable, kept, number
         self._settings = plan.recipe.streaming
         self._active = streams(plan)
@@ -42,13 +47,22 @@ class OwnWeights:
         names = list(self._trainable.wire)
         return {name for number in rounds for name in self._plan.downlink.travels(names, number)}
 
-    def resume(self) -> None:
-        """From the common state, where the round begins, to the client's own weights."""
+    def resume(self, ahead: State) -> None:
+        """From the common state, where the round begins, to the client's own weights: those that steps taken `ahead`
+        have led to, which are taken out of there, or those it kept."""
         for name, value in self._trainable.wire.items():
             lands = name in self._landing and self._settings.overlap == 0
-            share = self._settings.mixing if lands else 1.0
-            if name in self._kept and share:
-                self._trainable.move(name, (self._kept[name] - value) * share)
+            if name in ahead:
+                self._place(name, ahead.pop(name))
+            elif name in self._kept and not lands:
+                self._place(name, self._kept[name])
+            elif name in self._kept and self._settings.mixing:
+                self._trainable.move(name, (self._kept[name] - value) * self._settings.mixing)
+
+    def _place(self, name: str, value: Tensor) -> None:
+        """Whatever the common state is, to the same bits, which a move by the difference would miss."""
+        self._trainable.move(name, -self._trainable.wire[name])
+        self._trainable.move(name, value)
 
     def before_step(self, step: int) -> None:
         """Take what the rounds since the last one have brought, once so many steps are done."""
@@ -65,7 +79,7 @@ class OwnWeights:
             self._kept[ROUND] = torch.tensor(self._number)
 
 
-def streaming_clashes(plan: "Plan") -> list[str]:
+def streaming_clashes(plan: Plan) -> list[str]:
     """What clients with weights of their own do not go with."""
     recipe, problems = plan.recipe, []
     if plan.uplink.cycle != plan.downlink.cycle:

@@ -9,22 +9,22 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
-
-import numpy as np
+from threading import Event
 
 from kilotune import __version__
 from kilotune.core.errors import DataError, FederationError, KilotuneError, RunError, WireError
 from kilotune.core.rng import stream
 from kilotune.core.types import SeedUpdate, State, TensorUpdate, Update
-from kilotune.engine.composing.compose import for_group
 from kilotune.engine.composing.plan import Plan
 from kilotune.engine.flower.messages import Facts, Reply, Request
 from kilotune.engine.memory import peak_rss
 from kilotune.engine.model.evaluation import EvaluationReport
-from kilotune.engine.partial.device import Device, ordered
+from kilotune.engine.partial.device import Device
 from kilotune.engine.partial.splitclient import SplitClient
 from kilotune.engine.privacy.privatesteps import private_steps
+from kilotune.engine.rounds.ahead import Begun, foreseen, work_of
 from kilotune.engine.rounds.bounds import coefficient_limit, finite, prober, said_by, step_stream, vocabulary_of
 from kilotune.engine.rounds.clientstate import Answer, ClientState, RoundLog
 from kilotune.engine.rounds.following import (
@@ -39,14 +39,13 @@ from kilotune.engine.rounds.following import (
 )
 from kilotune.engine.rounds.identity import HistoryError
 from kilotune.engine.rounds.ledger import MEMBERS_BYTES
-from kilotune.engine.rounds.pace import lighter
 from kilotune.engine.rounds.replica import Replica
 from kilotune.engine.rounds.streaming import OwnWeights
 from kilotune.engine.rows.tokenize import Example
 from kilotune.engine.secure.client import Vault
 from kilotune.engine.secure.participant import Participant, new_vault
 from kilotune.engine.training.objectives import objectives
-from kilotune.engine.training.step import Memory, StepReport, rate, train_step
+from kilotune.engine.training.step import Memory, StepReport, pairs, train_step
 
 Evaluate = Callable[[Replica, list[Example]], EvaluationReport]
 Progress = Callable[[str], None]
@@ -89,6 +88,8 @@ class Worker:
         if replica.plan.recipe.secure_aggregation.enabled:
             vault = vault or new_vault(replica.plan, genesis, name, folder if keeps_rounds else None)
             self._secure = Participant(replica.plan, name, vault)
+        self._begun: Begun | None = None  # the next round, where steps of it were taken ahead
+        self._trained: Facts | None = None  # what was asked of the last round
         self.round, self.head = 0, genesis
         if checkpoint is not None:
             self.head = replica.load(checkpoint)
@@ -145,6 +146,7 @@ class Worker:
         answer = self._answered(number)
         if answer is None:
             answer = self._compute(number, request, probabilities)
+        self._trained = request.body
         payload, facts = answer
         if self._secure is not None:
             payload, facts = self._secure.masked(request, mail, payload), {"attempt": str(request.body["attempt"])}
@@ -165,6 +167,7 @@ class Worker:
 
     def _finish(self, request: Request) -> Reply:
         self._catch_up(request, list(request.payloads))
+        self._begun = self._trained = None  # there is no next round
         digest = self.replica.digest() if self._keeps_rounds else "shared"
         return Reply(body={**self._standing(), "digest": digest, "peak_rss_bytes": peak_rss()})
 
@@ -179,6 +182,7 @@ class Worker:
             if first > 1 or self._reopen is None:
                 raise  # the server hears of it, asks which history this client holds and sends all of its own
             self.replica, self.round, self.head = self._reopen(), 0, self._genesis
+            self._begun = self._trained = None
             missed = missed_parts(self.name, (self.round, self.head), sent, wanted, self._link)
         if self._keeps_rounds:
             require_own(self.name, self.replica, missed, lambda number: self._state.answer(number, self.head))
@@ -194,46 +198,54 @@ class Worker:
     def _compute(self, number: int, request: Request, probabilities: bytes | None) -> Answer:
         if self.replica.round != number - 1:
             raise WireError(f"asked to train round {number}, but the model stands at round {self.replica.round}.")
-        plan = lighter(for_group(self.replica.plan, int(request.body["group"])), request.body.get("share"))
-        plan = ordered(plan, request.body)
+        begun = self._begin(request.body)
+        plan, memory, trainable = begun.work.plan, begun.memory, self.replica.trainable
         if self._private:
             self._private.charge(self.name, number, self.head, plan.recipe.local_steps)
-        memory, codec_state = self._state.before(number)
         context = self.replica.context(number)
         if probabilities is not None:
-            self._set_probabilities(probabilities)
-        trainable = self.replica.trainable
-        trainable.begin(context.root, plan.estimator.forward_only)
-        plan.parametrization.narrow(trainable)
-        trainable.take_up(memory.weights)
-        own = OwnWeights(plan, trainable, memory.weights, number)
-        work = partial(objectives, plan, self.replica, self.name, self.train, number, None)
-        device = Device(plan, trainable, memory.units, request.body, work)
-        try:
+            self.replica.draw_by(probabilities)
+        with begun.entered(trainable) as own:
+            work = partial(objectives, plan, self.replica, self.name, self.train, number, None)
+            device = Device(plan, trainable, memory.units, request.body, work)
             with device.working():
-                memory.begin(plan.optimizer, trainable.wire, self.replica.public, plan.recipe.local_steps)
-                own.resume()
-                factor = rate(plan.recipe.lr_schedule, plan.recipe.warmup_frac, float(request.body["progress"]))
-                steps = self._steps(plan, number, memory, factor, own)
+                steps = self._steps(begun, own)
                 own.keep()
             memory.weights |= trainable.own()
-            update = self._update(plan, memory, steps, factor)
+            update = self._update(plan, memory, steps, begun.work.factor)
             sending = replace(said_by(self.name, context), rng=stream(plan.recipe.seed, "codec", self.name, number))
             if self._secure is not None:
                 payload = self._secure.integers(update, len(self.train), steps[-1].loss, number)
             else:
-                payload = plan.uplink.encode(update, sending, codec_state)
+                payload = plan.uplink.encode(update, sending, begun.codec)
             if plan.optimizer.hears and isinstance(read := plan.uplink.decode(payload, context), TensorUpdate):
                 memory.sent(plan.optimizer, read)
-        finally:
-            trainable.rollback()
         memory.carry(plan.optimizer)
         facts = device.told({} if self._private else {"loss_first": steps[0].loss, "loss": steps[-1].loss})
         facts |= self._split.facts() if self._split is not None else {}
-        self._remember(number, memory, codec_state, (payload, facts))
+        self._remember(number, memory, begun.codec, (payload, facts))
         if self._private:
             self._private.settle()
         return payload, facts
+
+    def ahead(self, asked: Event) -> None:
+        """Between requests: steps of the round that is foreseen which need nothing of the last one, until `asked`."""
+        if self._trained is None or (coming := foreseen(self.replica.plan, self._trained)) is None:
+            return
+        begun = self._begin(coming)
+        if len(begun.reports) < begun.free and not asked.is_set():
+            with begun.entered(trainable := self.replica.trainable) as own:
+                self._steps(begun, own, asked)
+                begun.weights = {name: value.clone() for name, value in trainable.wire.items()}
+        self._begun = begun if begun.reports else None
+
+    def _begin(self, asked: Facts) -> Begun:
+        """The round that is asked for, or that will be: with the steps that were taken ahead of just this one."""
+        work, begun = work_of(self.replica.plan, asked), self._begun
+        self._begun = None
+        if begun is not None and begun.work == work:
+            return begun
+        return Begun(work, *self._state.before(work.number))
 
     def _update(self, plan: Plan, memory: Memory, steps: list[StepReport], factor: float) -> Update:
         """What the round has come to, as it is sent."""
@@ -245,27 +257,26 @@ class Worker:
             raise FederationError(f"client {self.name!r}: training left no finite update. Lower optimizer.lr.")
         return update
 
-    def _steps(self, plan: Plan, number: int, memory: Memory, factor: float, own: OwnWeights) -> list[StepReport]:
-        """The reports of the local steps; those that a split takes before them are about another loss."""
-        recipe, reports = plan.recipe, []
+    def _steps(self, begun: Begun, own: OwnWeights, asked: Event | None = None) -> list[StepReport]:
+        """The reports of the local steps: of all, or of the free ones until something is `asked`. Those that a split
+        takes before them are about another loss."""
+        number, plan, factor = begun.work
+        recipe, trainable, memory, reports = plan.recipe, self.replica.trainable, begun.memory, begun.reports
+        if not begun.weights:
+            memory.begin(plan.optimizer, trainable.wire, self.replica.public, recipe.local_steps)
+        own.resume(begun.weights)
         if self._split is not None:
             work = self._split.objectives(plan, self.name, self.train, number)
         else:
             work = objectives(plan, self.replica, self.name, self.train, number, self._private)
-        for step, objective in enumerate(work):
+        for step, objective in islice(enumerate(work), len(reports), None):
+            if asked is not None and (step >= begun.free or asked.is_set()):
+                break
             own.before_step(step)
             rng = step_stream(recipe, prober(plan, self.name), number, step)
-            reports.append(
-                train_step(self.replica.trainable, plan.estimator, plan.optimizer, objective, memory, factor, rng)
-            )
+            reports.append(train_step(trainable, plan.estimator, plan.optimizer, objective, memory, factor, rng))
             self._progress(f"round {number} step {step + 1}/{recipe.steps_per_round} {_told(reports[-1].loss)}")
         return reports[-recipe.local_steps :]
-
-    def _set_probabilities(self, packed: bytes) -> None:
-        from kilotune.aggregation.seed_sum import unpack_probabilities
-
-        size = self.replica.plan.num_directions
-        self.replica.trainable.probabilities = unpack_probabilities(packed, size)  # type: ignore[attr-defined]
 
     # -- state on disk ----------------------------------------------------------------------------------------
 
@@ -287,12 +298,3 @@ class Worker:
 
 def _told(loss: float) -> str:
     return f"loss {loss:.3f}" if math.isfinite(loss) else ""
-
-
-def pairs(steps: list[StepReport], limit: float | None = None) -> SeedUpdate:
-    """The seed log of forward-only steps; a step without a finite slope left none, none is larger than `limit`."""
-    logged = [s for s in steps if s.index is not None]
-    coefs = np.array([s.coef for s in logged], dtype=np.float32)
-    if limit is not None:
-        coefs = np.clip(coefs, np.float32(-limit), np.float32(limit))
-    return SeedUpdate(np.array([s.index for s in logged], dtype=np.int64), coefs)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kilotune.core.choosing import chooser
 from kilotune.core.trainable import Trainable
-from kilotune.core.types import Batch, State, TensorUpdate
+from kilotune.core.types import Batch, SeedUpdate, State, TensorUpdate
 from kilotune.engine.model.compute import Compute
 from kilotune.engine.model.loss import answer_loss, example_losses
 from kilotune.estimator import Estimator, Objective
@@ -27,6 +27,15 @@ class StepReport:
     loss: float
     index: int | None = None
     coef: float = 0.0
+
+
+def pairs(steps: list[StepReport], limit: float | None = None) -> SeedUpdate:
+    """The seed log of forward-only steps; a step without a finite slope left none, none is larger than `limit`."""
+    logged = [s for s in steps if s.index is not None]
+    coefs = np.array([s.coef for s in logged], dtype=np.float32)
+    if limit is not None:
+        coefs = np.clip(coefs, np.float32(-limit), np.float32(limit))
+    return SeedUpdate(np.array([s.index for s in logged], dtype=np.int64), coefs)
 
 
 class BatchObjective(Objective):
