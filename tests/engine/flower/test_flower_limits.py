@@ -82,7 +82,7 @@ def test_connections_of_strangers_and_of_one_client_are_limited():
 
 @pytest.mark.parametrize(
     "recipe, up",
-    [("kilotune", 25 + 2 + 64), ("fedkseed", 10 + 6 * 2), ("fedavg_lora", None)],
+    [("kilotune", 25 + 2 + 64 // 2), ("fedkseed", 10 + 6 * 2), ("fedavg_lora", None)],
 )
 def test_limits_follow_from_the_recipe(base, data, recipe, up):
     """Kills: one generous limit for every protocol; a limit an honest message does not keep."""
