@@ -17,11 +17,11 @@ __all__ = ["Budget", "parse_size", "propose"]
 LADDER = "docs/byte_ladder.md, clinc150"
 EXPECTED: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("fedavgm", (), f"loss 0.621 ({LADDER})"),
-    ("kilotune", ("basis.size=16384", "optimizer.lr=2.0e-2"), f"loss 0.700 ({LADDER})"),
-    ("kilotune", (), f"loss 0.788 ({LADDER})"),
+    ("kilotune", ("basis.size=32768", "optimizer.lr=1.7e-2"), f"loss 0.693 ({LADDER})"),
+    ("kilotune", (), f"loss 0.720 ({LADDER})"),
     ("fedavg_lora", (), f"loss 0.850 ({LADDER})"),
     ("mixed", (), f"loss 0.886 ({LADDER})"),
-    ("kilotune", ("basis.size=1024",), f"loss 0.934 ({LADDER})"),
+    ("kilotune", ("basis.size=2048", "optimizer.lr=3.0e-2"), f"loss 1.086 ({LADDER})"),
     ("fed_sb", (), f"loss 1.292 ({LADDER})"),
     ("ferret", (), f"loss 1.657 ({LADDER})"),
     ("kilotune_zeroth", (), f"loss 3.455 ({LADDER})"),
