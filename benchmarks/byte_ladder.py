@@ -371,7 +371,7 @@ class Ladder:
             partial.write_text(json.dumps(content | {"environment": environment()}, indent=1) + "\n", encoding="utf-8")
             partial.replace(path)
             fresh(folder)  # ledgers of whole weights are gigabytes
-            log.unlink()
+            log.unlink(missing_ok=True)
             print(figure(f"{job.row} {job.label}", summary), flush=True)
         self.write_page()
 
