@@ -55,7 +55,8 @@ Every federated recipe on the same rows and the same clients, with the same loca
   warm-up) is scaled with the rounds.
 - **Dial.** The default is there with a quarter and with four times its coefficients, too (`M`).
 - **Bytes.** All payloads of one client over the whole run, up and down.
-- **Rates.** Each recipe's own; the default's schedule was chosen on clinc150 and ni (docs/log.md), not on banking77.
+- **Rates.** Each recipe's own; the default's schedule, numbers and bits were chosen on clinc150 and ni, not on
+  banking77 (docs/log.md).
   "lr x 3" and the like: the best of a small grid, found with another seed (other batches, noise and held-out rows);
   with forward passes alone also the rate that `lr: auto` measures.
 - **References.** *alone*: LoRA (`local_lora`) on one client's rows, as many steps; mean over the clients.
