@@ -19,14 +19,9 @@ from kilotune.engine.flower.certificates import load_private, new_key, private_p
 from kilotune.engine.flower.keys import init_server
 from kilotune.engine.operations import checks, keychecks, reach
 from kilotune.engine.versions import versions
+from ports import free_port
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="permissions are those of POSIX")
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture

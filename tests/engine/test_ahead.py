@@ -1,6 +1,5 @@
 """Steps that a client takes while its answer travels: nobody sees them but the clock."""
 
-import socket
 import threading
 from collections import Counter
 from dataclasses import replace
@@ -21,6 +20,7 @@ from kilotune.engine.rounds.replica import Replica
 from kilotune.engine.session import federate, header
 from kilotune.optimizer.adamw import AdamW
 from kilotune.optimizer.proximal import Proximal
+from ports import free_port
 
 NAMES, ROUNDS, STEPS, OVERLAP, PATIENCE_S = ("ada", "bob"), 4, 3, 2, 60
 HALVES = "{name: fragments, count: 2, codec: {name: dense, dtype: fp32}}"  # of which every bit tells
@@ -239,12 +239,6 @@ def test_clients_work_while_a_rounds_result_travels_and_end_where_waiting_ones_e
 
 
 # -- between processes ------------------------------------------------------------------------------------------------
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.processes

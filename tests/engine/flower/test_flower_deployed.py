@@ -20,6 +20,7 @@ from kilotune.engine.flower.client import serve
 from kilotune.engine.flower.keys import init_server, key_id, load_server_keys, read_join_file, revoke, rotate
 from kilotune.engine.flower.messages import Reply, Request
 from kilotune.engine.flower.server import start_server
+from ports import free_port
 
 HERE = Path(__file__).parent
 NAMES = ["anna", "bert", "cleo"]
@@ -66,12 +67,6 @@ def start():
         child.kill()
         child.process.stdin.close()
         child.process.stdout.close()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture
