@@ -12,18 +12,10 @@ from kilotune.core.errors import WireError
 
 HEADER = struct.Struct("<4sBBIIQ")
 CHUNK = 1 << 20  # codes packed at once; a multiple of 8, so that chunks end with whole bytes
-ALIGNED = {bits: np.arange(8 - bits, -1, -bits, dtype=np.uint8) for bits in (1, 2, 4, 8)}  # shifts of a byte's codes
-BEHIND = "got bits behind the last code, expected zeros. The payload is altered."
 
 
 def pack(codes: np.ndarray, bits: int) -> bytes:
     """(n,) uint8 codes below 2^bits one after the other, high bit first; the last byte is filled with zeros."""
-    if bits in ALIGNED:
-        whole = np.zeros(num_bytes(codes.size, bits), np.uint8)
-        for place, shift in enumerate(ALIGNED[bits]):
-            part = codes[place :: 8 // bits]
-            whole[: part.size] |= part << shift
-        return whole.tobytes()
     parts = []
     for start in range(0, codes.size, CHUNK):
         wide = np.unpackbits(codes[start : start + CHUNK, None], axis=1)[:, 8 - bits :]
@@ -34,29 +26,30 @@ def pack(codes: np.ndarray, bits: int) -> bytes:
 def unpack(codec: str, raw: bytes, bits: int, count: int) -> np.ndarray:
     """(count,) uint8 codes. Raises WireError when the bytes do not hold just these."""
     check(codec, "bytes of codes", len(raw), num_bytes(count, bits))
-    if bits in ALIGNED:
-        every: np.ndarray = _codes_of_bytes(bits).take(np.frombuffer(raw, np.uint8)).view(np.uint8)
-        if every[count:].any():
-            raise WireError(f"{codec}: {BEHIND}")
-        return every[:count]
     out = np.empty(count, np.uint8)
     for start in range(0, count, CHUNK):
         size = min(CHUNK, count - start)
         some = np.frombuffer(raw, np.uint8, num_bytes(size, bits), start // 8 * bits)
-        found = np.unpackbits(some)
-        if found[size * bits :].any():
-            raise WireError(f"{codec}: {BEHIND}")
-        wide = np.zeros((size, 8), np.uint8)
-        wide[:, 8 - bits :] = found[: size * bits].reshape(size, bits)
-        out[start : start + size] = np.packbits(wide, axis=1)[:, 0]
+        if 8 % bits == 0:
+            codes = _codes_of_bytes(bits)[some].view(np.uint8)
+            codes, behind = codes[:size], codes[size:]
+        else:
+            found = np.unpackbits(some)
+            wide, behind = np.zeros((size, 8), np.uint8), found[size * bits :]
+            wide[:, 8 - bits :] = found[: size * bits].reshape(size, bits)
+            codes = np.packbits(wide, axis=1)[:, 0]
+        if behind.any():
+            raise WireError(f"{codec}: got bits behind the last code, expected zeros. The payload is altered.")
+        out[start : start + size] = codes
     return out
 
 
 @cache
 def _codes_of_bytes(bits: int) -> np.ndarray:
     """(256,) of 8 / bits bytes each: the codes in a byte, so that unpacking is one look-up a byte."""
-    codes = (np.arange(256, dtype=np.uint8)[:, None] >> ALIGNED[bits]) & np.uint8((1 << bits) - 1)
-    return codes.view(f"u{codes.shape[1]}")[:, 0]
+    shifts = np.arange(8 - bits, -1, -bits, dtype=np.uint8)
+    codes = (np.arange(256, dtype=np.uint8)[:, None] >> shifts) & np.uint8((1 << bits) - 1)
+    return codes.view(f"u{shifts.size}")[:, 0]
 
 
 def rounded(levels: np.ndarray, values: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
