@@ -28,8 +28,8 @@ EXPECTED: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("fedkseed_pro", (), f"loss 4.286 ({LADDER})"),
     ("fedkseed", (), f"loss 4.286 ({LADDER})"),
     ("local_lora", (), "as fedavg_lora"),
-    ("local_subspace", ("basis.size=16384", "optimizer.lr=1.0e-2"), "not measured; as kilotune of that size"),
-    ("local_subspace", (), "as kilotune"),
+    ("local_subspace", ("basis.size=16384", "optimizer.lr=1.0e-2"), "not measured"),
+    ("local_subspace", (), "not measured; as kilotune with 4,096 numbers"),
     ("local_mezo", (), "forward passes only, as kilotune_zeroth"),
 )
 """Recipes and dials, best expected quality first, and what the place in this order rests on. Recipes that
