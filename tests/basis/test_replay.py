@@ -37,7 +37,8 @@ def rounds(plan, replica: Replica, count: int) -> list[tuple[int, bytes]]:
     return made
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# What takes longest to compile is compiled first, in one process of the two, while the other one compiles the rest.
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.xdist_group(k.split(",")[0])) for k in KINDS])
 def test_rounds_in_one_walk_equal_rounds_one_by_one(kind, base, data, monkeypatch):
     """Same digest, however many rounds a walk takes. Kills: rounds that are summed before they are added, scaled by
     another root's noise, left out at the seam of two walks, or scaled by the rms of weights that already moved."""

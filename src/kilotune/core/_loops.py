@@ -189,6 +189,13 @@ def store_bf16(x, out):  # type: ignore[no-untyped-def]
 
 
 @_jit
+def _copy(source, out):  # type: ignore[no-untyped-def]
+    """out[:] = source compiles for seconds: it brings the text of its error with it."""
+    for i in range(out.size):
+        out[i] = source[i]
+
+
+@_jit
 def _add_few_signs(x, start, k0, k1, u):  # type: ignore[no-untyped-def]
     """_add_signs one element at a time, for starts and ends that are no multiple of 64."""
     for i in range(x.size):
@@ -270,7 +277,8 @@ def _put_signs(source, plus, minus, start, keys, us, words):  # type: ignore[no-
     _words(k0, k1, (start + head) >> 6, words[:full])
     for row in range(us.shape[0]):  # less than 64 elements at either end
         x = minus if row else plus
-        x[:head], x[tail:] = source[:head], source[tail:]
+        _copy(source[:head], x[:head])
+        _copy(source[tail:], x[tail:])
         _add_few_signs(x[:head], start, k0, k1, us[row, 0])
         _add_few_signs(x[tail:], start + tail, k0, k1, us[row, 0])
     if us.shape[0] == 1:
@@ -317,12 +325,6 @@ def _bounds(span, length, start, size):  # type: ignore[no-untyped-def]
     """Positions in a slice of `size` elements that begins at `start`: spans of the full tensor end at multiples."""
     lower = start - (start & 63)
     return max(lower + span * length - start, 0), min(lower + (span + 1) * length - start, size)
-
-
-@_jit
-def _copy(source, out):  # type: ignore[no-untyped-def]
-    for i in range(out.size):
-        out[i] = source[i]
 
 
 @_jit
