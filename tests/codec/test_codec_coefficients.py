@@ -9,7 +9,7 @@ import torch
 from kilotune.codec import TensorUpdate, WireContext, WireError
 from kilotune.codec._blocks import round_up_fp16
 from kilotune.codec._loops import compiled, dequantize
-from kilotune.codec.coefficients import HEADER, LIMIT, Coefficients
+from kilotune.codec.coefficients import HEADER, NUMBERS, Coefficients
 from kilotune.core.rng import stream
 
 M = 4096
@@ -72,7 +72,7 @@ def test_rounding_stays_within_half_a_step_of_each_block(dtype: str, factor: flo
     """
     x = (coords(1).double() * factor).float().double()  # magnitudes over eight decades
     got = through(Coefficients(dtype=dtype, error_feedback=False), x.float(), context(), {}).double()
-    peak = x.reshape(-1, 64).abs().amax(1, keepdim=True) / LIMIT[dtype]
+    peak = x.reshape(-1, 64).abs().amax(1, keepdim=True) / NUMBERS[dtype].limit
     step = (peak * (1 + 2.0**-10) + peak.max() * 2.0**-38).expand(-1, 64).reshape(-1)
     half = step / 2 if dtype != "fp16" else torch.maximum(x.abs() * 2.0**-11, step * 2.0**-25)
     assert ((got - x).abs() <= half + x.abs() * 2.0**-24 + 2.0**-150).all()
@@ -110,7 +110,7 @@ def test_error_feedback_loses_nothing_under_one_root(dtype: str) -> None:
     residual = state["residual/coords"].double()
     assert (sent - decoded - residual).abs().max() <= 20 * 2.0**-24 * residual.abs().max()
     assert (
-        residual.abs().max() <= 0.51 * 1.01 * 100 / LIMIT[dtype if dtype == "int4" else "int8"]
+        residual.abs().max() <= 0.51 * 1.01 * 100 / NUMBERS[dtype if dtype == "int4" else "int8"].limit
     )  # half a step of the largest block peak
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import struct
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -37,9 +37,22 @@ from kilotune.core.lazy import torch
 
 HEADER = struct.Struct("<4sBHhIIQ")
 MAGIC = b"COF1"
-LIMIT = {"int4": 7, "int8": 127, "int16": 32767, "fp16": 32768}  # largest |q|
-BITS = {"int4": 4, "int8": 8, "int16": 16, "fp16": 16}
-WHOLE = {"int4": "<i1", "int8": "<i1", "int16": "<i2", "fp16": "<f2"}  # a number before it is packed
+
+
+class Number(NamedTuple):
+    """One type of numbers on the wire: the largest |q|, its bits, and what holds it before it is packed."""
+
+    limit: int
+    bits: int
+    whole: str
+
+
+NUMBERS = {
+    "int4": Number(7, 4, "<i1"),
+    "int8": Number(127, 8, "<i1"),
+    "int16": Number(32767, 16, "<i2"),
+    "fp16": Number(32768, 16, "<f2"),
+}
 
 
 class Coefficients(Codec):
@@ -50,6 +63,10 @@ class Coefficients(Codec):
     dtype: Literal["int4", "int8", "int16", "fp16"] = Field("int8", description="type of a number inside its block")
     block: int = Field(64, ge=1, le=65535, description="numbers that share a 2-byte step")
     error_feedback: bool = Field(True, description="add what rounding lost to the next update under the same root")
+
+    @property
+    def _number(self) -> Number:
+        return NUMBERS[self.dtype]
 
     @property
     def remembers(self) -> bool:
@@ -64,11 +81,11 @@ class Coefficients(Codec):
         shapes = in_name_order(context.shapes)
         values = self._values(update, context, state)
         peaks = {name: block_peaks(value, self.block) for name, value in values.items()}
-        top = max((float(peak.max()) for peak in peaks.values() if peak.size), default=0.0) / LIMIT[self.dtype]
+        top = max((float(peak.max()) for peak in peaks.values() if peak.size), default=0.0) / self._number.limit
         exponent = math.frexp(top)[1] - 15 if top else 0  # steps / 2^e fill fp16 up to 32768
         scales, numbers = [], []
         for name, value in values.items():
-            scale = round_up_fp16(np.ldexp(peaks[name] / LIMIT[self.dtype], -exponent))
+            scale = round_up_fp16(np.ldexp(peaks[name] / self._number.limit, -exponent))
             number = self._quantize(value, scale, exponent)
             scales.append(scale.astype("<f2"))
             numbers.append(number)
@@ -100,7 +117,7 @@ class Coefficients(Codec):
     def _quantize(self, value: np.ndarray, scale: np.ndarray, exponent: int) -> np.ndarray:
         step = np.repeat(np.ldexp(scale.astype(np.float64), exponent), self.block)[: value.size]
         ratio = np.divide(value, step, out=np.zeros_like(value), where=step > 0)
-        return (ratio if self.dtype == "fp16" else np.rint(ratio)).astype(WHOLE[self.dtype])
+        return (ratio if self.dtype == "fp16" else np.rint(ratio)).astype(self._number.whole)
 
     def _packed(self, numbers: list[np.ndarray]) -> list[bytes]:
         if self.dtype != "int4":
@@ -109,7 +126,7 @@ class Coefficients(Codec):
 
     def _unpacked(self, raw: bytes, count: int) -> np.ndarray:
         if self.dtype != "int4":
-            return np.frombuffer(raw, WHOLE[self.dtype], count)
+            return np.frombuffer(raw, self._number.whole, count)
         return (unpack("coefficients", raw, 4, count) ^ 8).view(np.int8) - np.int8(8)  # two's complement
 
     def _dequantize(self, number: np.ndarray, scale: np.ndarray, exponent: int) -> np.ndarray | None:
@@ -119,7 +136,7 @@ class Coefficients(Codec):
         steps = scale.astype(np.float64) * 2.0 ** min(max(exponent, -1000), 1000)  # far beyond float32 at both ends
         if self.dtype == "fp16":  # which the compiler does not know
             number = number.astype(np.float32)
-        return values if compiled()(number, steps, self.block, LIMIT[self.dtype], values) else None
+        return values if compiled()(number, steps, self.block, self._number.limit, values) else None
 
     def decode(self, payload: bytes, context: WireContext) -> TensorUpdate:
         """Fresh float32 tensors in name order."""
@@ -131,7 +148,7 @@ class Coefficients(Codec):
         check("coefficients", "number of blocks", num_blocks, sum(blocks))
         check("coefficients", "number count", count, total)
         middle = HEADER.size + 2 * num_blocks
-        check("coefficients", "length", len(payload), middle + num_bytes(total, BITS[self.dtype]))
+        check("coefficients", "length", len(payload), middle + num_bytes(total, self._number.bits))
         scales = np.frombuffer(payload, "<f2", num_blocks, HEADER.size)
         numbers = self._unpacked(payload[middle:], total)
         tensors, at, first = {}, 0, 0
@@ -147,7 +164,7 @@ class Coefficients(Codec):
     def predict_bytes(self, update_numel: dict[str, int], num_pairs: int) -> int:
         """Exact."""
         blocks = sum(-(-count // self.block) for count in update_numel.values())
-        return HEADER.size + 2 * blocks + num_bytes(sum(update_numel.values()), BITS[self.dtype])
+        return HEADER.size + 2 * blocks + num_bytes(sum(update_numel.values()), self._number.bits)
 
 
 METHOD = Coefficients
