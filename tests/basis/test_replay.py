@@ -15,11 +15,10 @@ from kilotune.engine.rounds import replica as replicas
 from kilotune.engine.rounds.replica import Replica
 from tiny import save_tiny
 
+# The loops of a basis are compiled for ten seconds: one test each, so that no two processes begin with the same one.
 KINDS = {
-    "tiled": ("kilotune",),
-    "tiled, one root": ("kilotune", "basis.refresh=run"),
-    "seeds": ("fedkseed", "basis.refresh=round", "basis.law=uniform"),
-    "seeds, one pool": ("fedkseed",),
+    "tiled": (("kilotune",), ("kilotune", "basis.refresh=run")),
+    "seeds": (("fedkseed", "basis.refresh=round", "basis.law=uniform"), ("fedkseed",)),
 }
 
 
@@ -37,22 +36,23 @@ def rounds(plan, replica: Replica, count: int) -> list[tuple[int, bytes]]:
     return made
 
 
-# What takes longest to compile is compiled first, in one process of the two, while the other one compiles the rest.
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.xdist_group(k.split(",")[0])) for k in KINDS])
+@pytest.mark.parametrize("kind", KINDS)
 def test_rounds_in_one_walk_equal_rounds_one_by_one(kind, base, data, monkeypatch):
-    """Same digest, however many rounds a walk takes. Kills: rounds that are summed before they are added, scaled by
-    another root's noise, left out at the seam of two walks, or scaled by the rms of weights that already moved."""
-    plan = small_plan(base, data, *KINDS[kind])
-    one_by_one = Replica(load_base(str(base), writable=True), plan)
-    payloads = rounds(plan, one_by_one, 7)
-    for number, payload in payloads:
-        one_by_one.apply(number, payload)
-    assert one_by_one.digest() != load_base(str(base)).digest
-    for at_once, writable in ((256, True), (3, True), (3, False)):
-        monkeypatch.setattr(replicas, "ROUNDS_AT_ONCE", at_once)
-        replica = Replica(load_base(str(base), writable=writable), plan)
-        replica.replay(iter(payloads))
-        assert (replica.round, replica.digest()) == (7, one_by_one.digest())
+    """Same digest, however many rounds a walk takes, each with a root of its own or all with one. Kills: rounds that
+    are summed before they are added, scaled by another root's noise, left out at the seam of two walks, or scaled by
+    the rms of weights that already moved."""
+    for how in KINDS[kind]:
+        plan = small_plan(base, data, *how)
+        one_by_one = Replica(load_base(str(base), writable=True), plan)
+        payloads = rounds(plan, one_by_one, 7)
+        for number, payload in payloads:
+            one_by_one.apply(number, payload)
+        assert one_by_one.digest() != load_base(str(base)).digest
+        for at_once, writable in ((256, True), (3, True), (3, False)):
+            monkeypatch.setattr(replicas, "ROUNDS_AT_ONCE", at_once)
+            replica = Replica(load_base(str(base), writable=writable), plan)
+            replica.replay(iter(payloads))
+            assert (replica.round, replica.digest()) == (7, one_by_one.digest()), how
 
 
 def test_a_round_out_of_order_is_refused_before_any_weight_moves(base, data):
