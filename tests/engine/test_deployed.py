@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import pytest
 from federating import CLIENTS, plan, quiet
 from kilotune.engine.afterwards.measure import replay
 from kilotune.engine.session import federate
+from ports import free_port
 
 pytestmark = pytest.mark.processes
 
@@ -31,9 +31,7 @@ class Deployment:
         self.settings = [f"base={base}", *SETTINGS]
         self.data = data
         self.processes: dict[str, subprocess.Popen] = {}
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
+        port = str(free_port())
         enrol = [word for name in CLIENTS for word in ("--client", name)]
         self._run("server", "init", str(folder / "keys"), "--port", port, *enrol).wait(timeout=PATIENCE_S)
 

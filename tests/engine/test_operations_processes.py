@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -22,6 +21,7 @@ from kilotune.engine.operations.reach import join_checks
 from kilotune.engine.operations.runview import RunView
 from kilotune.engine.operations.site import Site
 from kilotune.engine.session import federate
+from ports import free_port
 
 pytestmark = pytest.mark.processes
 
@@ -147,9 +147,7 @@ class Observed(Deployment):
     """A deployment whose server has a live page and logs JSON."""
 
     def __init__(self, folder: Path, base: Path, data: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         super().__init__(folder, base, data)
         self.settings[self.settings.index("rounds=6")] = "rounds=8"
 

@@ -190,7 +190,7 @@ def store_bf16(x, out):  # type: ignore[no-untyped-def]
 
 @_jit
 def _copy(source, out):  # type: ignore[no-untyped-def]
-    """out[:] = source compiles for seconds: it brings the text of its error with it."""
+    """out[:] = source; written like that it compiles for seconds, since numba compiles the text of its error too."""
     for i in range(out.size):
         out[i] = source[i]
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import socket
 import threading
 
 import pytest
@@ -13,6 +12,7 @@ from kilotune.engine.flower.client import serve
 from kilotune.engine.flower.keys import init_server, read_join_file
 from kilotune.engine.flower.messages import Reply, Request
 from kilotune.engine.flower.server import start_server
+from ports import free_port
 
 pytestmark = pytest.mark.processes
 
@@ -53,12 +53,9 @@ class Clients:
 @pytest.fixture
 def place(tmp_path):
     """A server, the network that leads to it, and clients to start."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    keys = init_server(tmp_path / "keys", "127.0.0.1", port, NAMES)
+    keys = init_server(tmp_path / "keys", "127.0.0.1", free_port(), NAMES)
     exchange = start_server(keys, keys.host, keys.port)
-    with FaultyNetwork("127.0.0.1", port) as network:
+    with FaultyNetwork("127.0.0.1", keys.port) as network:
         clients = Clients(keys, network)
         yield exchange, network, clients
         clients.end()
