@@ -41,7 +41,7 @@ bench: $(READY) $(PEERS)/.ready  ## speed and memory: benchmarks/results.md and 
 quality: $(READY)  ## households together, alone and centralised: the README's comparison
 	$(BIN)/python benchmarks/households.py --output runs/households
 
-ladder: $(READY)  ## every federated recipe on the same rows, by bytes: docs/byte_ladder.md; goes on where it stopped
+ladder: $(READY)  ## every federated recipe on the same rows, by bytes: docs/byte_ladder.md; runs what is not there yet
 	$(BIN)/python benchmarks/byte_ladder.py --data $(SHARED) --output runs/ladder
 
 soak: $(READY)  ## twenty minutes of kills, losses, a liar and a slow link: one server, eight clients over TLS

@@ -7,7 +7,8 @@
 FOLDER holds clinc150, ni_core, ni_unseen and banking77 (.jsonl.gz). A finished run is one JSON file, named by
 everything that decides its figures, and is not repeated; an interrupted one goes on where it was; one that fails is a
 line with its error and is tried again by the next call. After each run the page is written anew, from all files there
-are of this setting. What is held equal, and how, stands on that page: `METHOD`, below.
+are of this setting, and beside it a JSON file with the figures of every run on it: a new checkout goes on from those.
+What is held equal, and how, stands on that page: `METHOD`, below.
 """
 
 import argparse
@@ -42,6 +43,8 @@ DIALS = {
     }
 }
 PASSES = 3  # a step with backprop: one pass forward, and one back that costs two
+# What the page shows of a run, and so what is kept beside the page.
+SHOWN = ("label", "before", "after", "rounds", "up", "down", "bytes", "peak_rss_bytes", "curve")
 
 METHOD = """
 Every federated recipe on the same rows and the same clients, with the same local compute.
@@ -270,9 +273,12 @@ class Ladder:
 
             self.base = str(self.output / "tiny")
             save_tiny(Path(self.base))
+        self.page = args.page or (HERE.parent / "docs" if args.model != "tiny" else self.output) / "byte_ladder.md"
+        beside = self.page.with_suffix(".json")
+        self.kept: dict[str, dict[str, Any]] = json.loads(beside.read_text("utf-8")) if beside.exists() else {}
         self.owners: dict[str, list[str]] = {}
         for row, source in ROWS.items():
-            if row in args.rows or (self.output / row).exists():
+            if row in args.rows or row in self.kept or (self.output / row).exists():
                 self.owners[row] = write_rows(args.data, source, args.clients, self.output / row / "rows.jsonl")
         self.own: dict[str, tuple[str, ...]] = {}  # recipe -> its changes
         self.broken: dict[str, str] = {}
@@ -344,7 +350,9 @@ class Ladder:
     def found(self, job: Job) -> dict[str, Any]:
         """Its figures; empty when it was not run."""
         path = self.output / job.path
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if not path.exists():
+            return dict(self.kept.get(job.row, {}).get(path.stem, {}))
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return content
 
     def failed(self, job: Job) -> str:
@@ -355,9 +363,9 @@ class Ladder:
 
     def run(self, job: Job) -> None:
         """Make the run unless it is there; what it leaves is one JSON file, or its errors."""
-        path = self.output / job.path
-        if path.exists():
+        if self.found(job):
             return
+        path = self.output / job.path
         folder, log = path.with_suffix(""), path.with_suffix(".log")
         print(f"{job.row} {job.label} ...", flush=True)
         try:
@@ -379,42 +387,48 @@ class Ladder:
     # -- the page -----------------------------------------------------------------------------------------------------
 
     def write_page(self) -> None:
-        """The tables as Markdown, the figure and the bare figures of docs/papers.md beside them."""
-        where = HERE.parent / "docs" if self.args.model != "tiny" else self.output
-        path = self.args.page or where / "byte_ladder.md"
+        """The tables as Markdown, and beside it the figure and the runs' figures."""
         sections: list[str] = []
         panels: list[str] = []
-        figures: dict[str, dict[str, dict[str, Any]]] = {}
+        runs: dict[str, dict[str, dict[str, Any]]] = {}
         for row in self.owners:
             rungs = self.rungs(row)
             if rungs.points:
-                figures[row] = rungs.figures()
+                runs[row] = {**self.shown(self.references(row)), **self.shown(self.jobs(row))}
                 sections += ["", f"## {row}", "", *rungs.lines()]
                 panels += [scatter(f"{row}: loss by bytes", rungs), curves(f"{row}: loss by rounds", rungs)]
         facts = "; ".join(f"{key} {value}" for key, value in environment().items())
         setting = ", ".join(f"{key} {value}" for key, value in asdict(self.setting).items())
         text = METHOD.format(**asdict(self.setting)).strip()
-        seen = f"![Loss by bytes]({path.stem}.svg)" if panels else "Nothing was run in this setting yet."
+        seen = f"![Loss by bytes]({self.page.stem}.svg)" if panels else "Nothing was run in this setting yet."
         lines = ["# The byte ladder", "", "Written by `make ladder`.", text, "", seen]
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self.page.parent.mkdir(parents=True, exist_ok=True)
         content = "\n".join([*lines, *sections, "", f"Setting: {setting}.", "", f"<sub>{facts}</sub>"]) + "\n"
-        path.write_text(content, encoding="utf-8")
+        self.page.write_text(content, encoding="utf-8")
         if panels:
-            path.with_suffix(".svg").write_text(sheet(panels), encoding="utf-8")
-        path.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+            self.page.with_suffix(".svg").write_text(sheet(panels), encoding="utf-8")
+        write_runs(self.page.with_suffix(".json"), runs)
+
+    def shown(self, jobs: list[Job]) -> dict[str, dict[str, Any]]:
+        """What the page shows of those runs that there are."""
+        found = {job.path.stem: self.found(job) for job in jobs}
+        return {name: {key: run[key] for key in SHOWN if key in run} for name, run in found.items() if run}
+
+    def jobs(self, row: str) -> list[Job]:
+        """All runs of the table."""
+        return [job for name in self.own for job in (*self.plain(row, name), self.tuned(row, name)) if job]
 
     def rungs(self, row: str) -> Rungs:
         """What there is of one set of rows."""
         points: list[Point] = []
         errors, missing = dict(self.broken), list[str]()
-        for name in self.own:
-            for job in filter(None, [*self.plain(row, name), self.tuned(row, name)]):
-                if result := self.found(job):
-                    points.append(Point(job.label, name, result))
-                elif why := self.failed(job):
-                    errors[job.label] = why
-                else:
-                    missing.append(job.label)
+        for job in self.jobs(row):
+            if result := self.found(job):
+                points.append(Point(job.label, job.recipe, result))
+            elif why := self.failed(job):
+                errors[job.label] = why
+            else:
+                missing.append(job.label)
         points.sort(key=lambda point: (point.bytes, point.loss))
         return Rungs(points, self._lines_across(row, points), errors, missing, self.setting.rounds)
 
@@ -443,6 +457,17 @@ def errors_to(path: Path) -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+
+
+def write_runs(path: Path, runs: dict[str, dict[str, dict[str, Any]]]) -> None:
+    """JSON of every set of rows, a line for each run; the file is whole at any time."""
+    rows = []
+    for row, records in runs.items():
+        lines = [f"  {json.dumps(name)}: {json.dumps(record)}" for name, record in records.items()]
+        rows.append(f" {json.dumps(row)}: {{\n" + ",\n".join(lines) + "\n }")
+    partial = path.with_suffix(".partial")
+    partial.write_text("{\n" + ",\n".join(rows) + "\n}\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def kept_figures(summary: dict[str, Any], folder: Path) -> dict[str, Any]:

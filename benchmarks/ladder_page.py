@@ -68,13 +68,6 @@ class Rungs:
             told.append(f"**`{ours.label}`**: loss {ours.loss:.3f} for {ours.bytes:,} B. {verdict}")
         return told
 
-    def figures(self) -> dict[str, dict[str, Any]]:
-        """Bytes and loss by protocol, and the base's loss."""
-        base = {"base": {"loss": self.references["base"][0]}}
-        return base | {
-            point.label: {"bytes": point.bytes, "loss": point.result["after"]["loss"]} for point in self.points
-        }
-
     def lines(self) -> list[str]:
         """Markdown: the table, the verdicts, what failed and what was not run."""
         columns = ["#", "protocol", "bytes per client", "up, a round", "down, a round", "rounds", "loss", "exact match"]

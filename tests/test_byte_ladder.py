@@ -93,7 +93,8 @@ def ladder(tmp_path, monkeypatch) -> Ladder:
 
 
 def test_finished_runs_are_kept_failed_ones_told_and_tried_again(ladder, monkeypatch):
-    """Kills: hours of runs done twice; a failure that disappears from the page."""
+    """Kills: hours of runs done twice, in another checkout too; a failure that disappears from the page; figures of
+    another setting."""
     calls, broken = [], {"fedavg_lora"}
 
     def run(recipe, overrides, folder):
@@ -113,7 +114,7 @@ def test_finished_runs_are_kept_failed_ones_told_and_tried_again(ladder, monkeyp
     monkeypatch.setattr(byte_ladder, "run_recipe", run)
     for name in ("kilotune", "fedavg_lora"):
         ladder.climb("clinc150", name)
-    page = ladder.args.page.read_text()
+    page = ladder.page.read_text()
     assert "`fedavg_lora` failed: kilotune: no room left" in page
     for label in ("kilotune", "kilotune, M 64"):
         assert f"| **{label}** \\* | 120 | 10 | 20 | 4 | 1.500 |" in page
@@ -121,7 +122,18 @@ def test_finished_runs_are_kept_failed_ones_told_and_tried_again(ladder, monkeyp
     for name in ("kilotune", "fedavg_lora"):
         ladder.climb("clinc150", name)
     assert calls == ["kilotune", "kilotune", "fedavg_lora", "fedavg_lora"]
-    assert "failed" not in ladder.args.page.read_text()
+    page = ladder.page.read_text()
+    assert "failed" not in page
+
+    elsewhere = Ladder(Namespace(**{**vars(ladder.args), "output": ladder.output / "new"}))
+    for name in ("kilotune", "fedavg_lora"):
+        elsewhere.climb("clinc150", name)
+    elsewhere.write_page()
+    assert len(calls) == 4
+    assert ladder.page.read_text() == page
+    longer = Ladder(Namespace(**{**vars(ladder.args), "rounds": 5, "output": ladder.output / "new"}))
+    longer.climb("clinc150", "fedavg_lora")
+    assert len(calls) == 5
 
 
 def test_the_file_of_a_run_is_named_by_what_decides_its_figures(ladder):

@@ -30,17 +30,17 @@ def papers_page(checkout: Path) -> str:
     """docs/papers.md. Proof tests and figures are found in a checkout of the repository; elsewhere they are missing."""
     tests = {path.relative_to(checkout): path.read_text("utf-8") for path in sorted((checkout / "tests").rglob("*.py"))}
     ladder = checkout / LADDER
-    figures = json.loads(ladder.read_text(encoding="utf-8"))[ROWS] if ladder.exists() else {}
-    base = figures.pop("base", {"loss": None})["loss"]
+    runs = json.loads(ladder.read_text(encoding="utf-8"))[ROWS].values() if ladder.exists() else ()
+    figures = {run["label"]: (run["bytes"], run["after"]["loss"]) for run in runs if "bytes" in run}
+    base = next((run["before"]["loss"] for run in runs), None)
     recipes = {name: read(name) for name in shipped()}
     uses = Counter(part for content in recipes.values() for part in set(_parts(content)))
     lines = []
     for name, content in recipes.items():
         own = [part for part in _parts(content) if uses[part] <= FEW]
         parts = ", ".join(f"{key}: {_word(content[key])}" for key in PARTS if key in content)
-        seen = figures.get(name, {})
         cells = (f"`{name}`", content.get("title", ""), parts, " ".join(content["source"].split()))
-        lines.append(_row(*cells, _proofs(tests, name, own), *(_number(seen.get(key)) for key in ("bytes", "loss"))))
+        lines.append(_row(*cells, _proofs(tests, name, own), *map(_number, figures.get(name, (None, None)))))
     lines += ["", "## Parts", "", "| kind | name | what | source | laws and tests |", "| --- | --- | --- | --- | --- |"]
     for entry in catalogue():
         kind, name = entry["kind"], entry["name"]
