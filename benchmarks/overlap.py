@@ -1,7 +1,8 @@
-"""Overlap: seconds of a Streaming DiLoCo round over slow links, with clients that work ahead and with ones that wait.
+"""Overlap: seconds of a round over slow links, with clients that work ahead and with ones that wait.
 
     python benchmarks/overlap.py --output runs/overlap --format json
     python benchmarks/overlap.py --tiny --kbits 40      # a model of 2 layers
+    python benchmarks/overlap.py --recipe co2           # all steps ahead instead of all but one
 
 A server and two clients are processes over TLS, the links those of faulty_network.py. Both kinds of clients take turns.
 Ends with 0 only if all runs end with the same weights.
@@ -23,8 +24,9 @@ from processes import KILOTUNE, enrol, federate, lead_through
 
 NAMES = ["c00000", "c00001"]
 SETTINGS = ["data.max_length=64", "data.system=", "evaluation.generate=false", "evaluation.limit=2", "deadline_s=1800"]
-TINY = ["threads=1", "batch_size=128", "uplink.count=2", "downlink.count=2"]
+TINY = ["threads=1", "batch_size=128"]
 REAL = ["base=smollm2-135m", "batch_size=4"]
+STREAMING = "streaming_diloco"
 KINDS = {"ahead": KILOTUNE, "waiting": [sys.executable, __file__, "--wait"]}
 
 
@@ -33,17 +35,20 @@ def main() -> None:
         wait(sys.argv[2:])
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", choices=(STREAMING, "co2"), default=STREAMING)
     parser.add_argument("--output", type=Path, default=Path("runs/overlap"))
     parser.add_argument("--format", choices=("text", "json"), default="text")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--pairs", type=int, default=2, help="runs of each kind")
-    parser.add_argument("--steps", type=int, default=5, help="local steps of a round; all but one need no result")
+    parser.add_argument("--steps", type=int, default=5, help="local steps of a round")
     parser.add_argument("--kbits", type=float, default=4000.0, help="kbit/s of each client's link, each way")
     parser.add_argument("--tiny", action="store_true", help="a tiny model instead of SmolLM2-135M")
     args = parser.parse_args()
     shutil.rmtree(args.output, ignore_errors=True)
     args.output.mkdir(parents=True)
-    settings = [*SETTINGS, f"rounds={args.rounds}", f"local_steps={args.steps}", f"streaming.overlap={args.steps - 1}"]
+    settings = [*SETTINGS, f"rounds={args.rounds}", f"local_steps={args.steps}"]
+    if args.recipe == STREAMING:
+        settings += [f"streaming.overlap={args.steps - 1}"] + args.tiny * ["uplink.count=2", "downlink.count=2"]
     if args.tiny:
         save_tiny(args.output / "base")
         settings += [*TINY, f"base={args.output / 'base'}"]
@@ -71,7 +76,7 @@ def run(args: argparse.Namespace, settings: list[str], kind: str, pair: int) -> 
     with FaultyNetwork("127.0.0.1", enrol(keys, NAMES, quiet=True)) as network:
         for name in NAMES:
             lead_through(keys / f"{name}.join", network.link(bits_per_s=1000 * args.kbits).address)
-        how = {"recipe": "streaming_diloco", "command": KINDS[kind]}
+        how = {"recipe": args.recipe, "command": KINDS[kind]}
         summary = federate(keys, rows, NAMES, settings, server, folder / "clients", quiet=True, **how)
     events = [json.loads(line) for line in (server / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     seconds = {"round": [], "client": []}
@@ -84,6 +89,7 @@ def run(args: argparse.Namespace, settings: list[str], kind: str, pair: int) -> 
 def report(args: argparse.Namespace, runs: list[dict[str, Any]]) -> int:
     """The medians and their ratio; 0 when all weights are equal."""
     result: dict[str, Any] = {
+        "recipe": args.recipe,
         "model": "tiny" if args.tiny else "SmolLM2-135M",
         "kbits": args.kbits,
         "steps": args.steps,

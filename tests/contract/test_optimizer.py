@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from kilotune.core.registry import find, names
-from kilotune.optimizer import Optimizer
+from kilotune.optimizer import Optimizer, State
 from kilotune.optimizer.sgd import SGD
 
 
@@ -87,6 +87,26 @@ def test_the_numbers_kept_beside_a_parameter_are_as_promised(name: str) -> None:
     state = optimizer.init(param)
     optimizer.begin(param, state, {}, 2)
     assert sum(value.numel() == 7 for value in state.values()) == optimizer.copies
+
+
+@pytest.mark.parametrize("name", names("optimizer"))
+def test_what_everybody_makes_of_the_rounds_is_theirs_alone(name: str) -> None:
+    """Kills: a public tensor that is what a round brought, or what it changed; foresight that moves on; a plan that
+    forgets what everybody keeps."""
+    rule, results = build(name), []
+    for spoiled in (False, True):
+        public: State = {}
+        deltas = []
+        for seed in range(5):
+            change, foreseen = draw(seed, 7), rule.foresee(public)
+            delta = rule.follow(change, public)
+            assert torch.equal(change, draw(seed, 7))
+            deltas.append(delta.clone())
+            for tensor in (change, delta, foreseen) if spoiled else ():
+                _ = tensor is None or tensor.zero_()
+        results.append(torch.stack(deltas))
+        assert sum(value.numel() == 7 for value in public.values()) == rule.public_copies
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("rule", [one for one in (SGD(), *map(build, names("optimizer"))) if one.by_parts])

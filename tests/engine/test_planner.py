@@ -159,7 +159,8 @@ def test_the_time_of_sharding_counts_every_step_of_a_run(base, tmp_path, monkeyp
 
 
 def test_memory_counts_what_the_parts_keep(tmp_path):
-    """Kills: a copy for forward passes that need none; activations without their layers; a dial without effect."""
+    """Kills: a copy for forward passes that need none; activations without their layers; a dial without effect; what
+    the server's rule keeps left out."""
     facts = read_facts("x", save_tiny(tmp_path / "tiny"))
     sizes = {}
     for name, assignments in (
@@ -167,6 +168,8 @@ def test_memory_counts_what_the_parts_keep(tmp_path):
         ("kilotune", ["checkpointing=true"]),
         ("kilotune_zeroth", []),
         ("fedavg_full", []),
+        ("diloco", []),
+        ("co2", ["parametrization={name: full}"]),
     ):
         plan = compose(name, "federate", [*assignments, "evaluation.generate=false"])
         numel = planner.wire_numbers(plan, facts, FIGURES)
@@ -181,6 +184,9 @@ def test_memory_counts_what_the_parts_keep(tmp_path):
     assert less == 20_000 * (FIGURES["layer_token_bytes"] - 2 * 4 * 32)
     assert sizes["kilotune_zeroth",] < rest + 20_000 * FIGURES["layer_token_bytes"]
     assert sizes["fedavg_full",] - rest - kept - head == 4 * 3 * facts.numbers
+    assert sizes["diloco",] - sizes["fedavg_full",] == 4 * facts.numbers  # the server's momentum
+    everybody = sizes["co2", "parametrization={name: full}"] - sizes["fedavg_full",]
+    assert everybody == 4 * 2 * facts.numbers  # momentum and the round that waits
 
 
 # -- budgets ----------------------------------------------------------------------------------------------------------

@@ -164,6 +164,7 @@ def test_own_weights_survive_a_kill(base, data, tmp_path):
         ("scaffold", ["uplink={name: residual, codec: sign}"], "Use the codec inside the residual."),
         ("fedprox", ["server_optimizer={name: proximal}"], "server_optimizer 'proximal' is a rule for clients."),
         ("co2", ["optimizer={name: co2}"], "optimizer 'co2' is a rule for servers."),
+        ("co2", ["defences.gate=0.5"], "Use it without defences.gate."),
         ("streaming_diloco", ["downlink=dense"], "Use fragments with one count for both."),
         ("streaming_diloco", ["streaming.overlap=5"], "expected less than local_steps (5)."),
         ("kilotune", ["streaming.mixing=0.5"], "Use parametrization: full or peft."),

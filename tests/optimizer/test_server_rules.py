@@ -17,10 +17,14 @@ CHANGES = np.array([[0.3, -2.0, 0.0, 1e-3], [-0.1, 1.5, 0.2, 1e-3], [0.4, 0.5, -
 
 
 def walk(rule, changes):
-    """Where a server ends that starts at 0 and hears these mean changes, one a round."""
-    x, states = torch.zeros(changes.shape[1], dtype=torch.float64), {}
-    for change in changes:
-        x += outer_step(rule, TensorUpdate({"w": torch.from_numpy(change)}), states).tensors["w"]
+    """Where everybody ends who starts at 0 and follows a server that hears these mean changes, one a round."""
+    x, states, public = torch.zeros(changes.shape[1], dtype=torch.float64), {}, {}
+    for number, change in enumerate(changes):
+        foreseen = rule.foresee(public)
+        step = rule.follow(outer_step(rule, TensorUpdate({"w": torch.from_numpy(change)}), states).tensors["w"], public)
+        assert (foreseen is not None) == (rule.foresees and number > 0)
+        assert foreseen is None or torch.equal(step, foreseen)
+        x += step
     return x.numpy()
 
 

@@ -20,7 +20,8 @@ class Optimizer(Method):
     """Contract. The same rules serve local steps and the server's step over the mean update.
 
     In a federation a round begins with `begin`, ends with `outgoing` and, where `hears` is set, with `sent`; what
-    `carried` leaves is there in the client's next round (recipe.keep_optimizer). `follow` is the server rule's.
+    `carried` leaves is there in the client's next round (recipe.keep_optimizer). `follow` and `foresee` are the server
+    rule's.
     """
 
     hears: ClassVar[bool] = False
@@ -44,6 +45,16 @@ class Optimizer(Method):
     def copies(self) -> int:
         """Numbers it holds beside every parameter while a round is trained."""
         return 0
+
+    @property
+    def public_copies(self) -> int:
+        """Numbers beside every parameter that `follow` keeps, on the server and on every client."""
+        return 0
+
+    @property
+    def foresees(self) -> bool:
+        """Whether `foresee` says what a round will change before anybody has answered."""
+        return False
 
     @abstractmethod
     def init(self, param: Tensor) -> State:
@@ -73,3 +84,7 @@ class Optimizer(Method):
         `public` is what everybody makes of the rounds; it moves on in place.
         """
         return change
+
+    def foresee(self, public: State) -> Tensor | None:
+        """What `follow` will give for the next round whatever it brings; None: nobody knows. `public` stays."""
+        return None

@@ -38,6 +38,11 @@ class ControlledAveraging(Optimizer):
         """The control."""
         return 1
 
+    @property
+    def public_copies(self) -> int:
+        """The control as everybody follows it."""
+        return 1
+
     def init(self, param: Tensor) -> State:
         return {OWN: zeros_for(param)}
 

@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from kilotune.core.lazy import no_grad, torch
-from kilotune.optimizer import Optimizer, State
+from kilotune.optimizer import State
 from kilotune.optimizer._betas import Betas
-from kilotune.optimizer._memory import working_dtype
+from kilotune.optimizer._followed import Followed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class OneBitAdam(Optimizer):
+class OneBitAdam(Followed):
     """A step that all replicas take with what the server has heard."""
 
     needs = frozenset({"momentum"})
@@ -36,14 +36,10 @@ class OneBitAdam(Optimizer):
     eps: float = Field(1e-8, gt=0, description="added to the root of v; paper")
     warmup: int = Field(3, ge=1, description="rounds in which v is learned; 15 to 20 % of the steps in the paper")
 
-    def init(self, param: Tensor) -> State:
-        """The server knows nothing that the others do not."""
-        return {}
-
-    @no_grad
-    def update(self, gradient: Tensor, state: State, param: Tensor, lr: float) -> Tensor:
-        """What the clients' mean is; the step is `follow`'s."""
-        return gradient.to(working_dtype(param)).neg()
+    @property
+    def public_copies(self) -> int:
+        """m and v."""
+        return 2
 
     @no_grad
     def follow(self, change: Tensor, public: State) -> Tensor:

@@ -44,9 +44,9 @@ def control_clashes(plan: "Plan") -> list[str]:
                 f"server_optimizer {server.method_name()!r} needs {word!r}, but optimizer {local.method_name()!r} does "
                 f"not give it. Use optimizer: {given}, or server_optimizer: sgd."
             )
-        elif word in local.gives:
-            problems += _lasting(plan) + (_control_clashes(plan) if word == "control_variates" else [])
-    return problems
+        elif word in local.gives and word == "control_variates":
+            problems += _control_clashes(plan)
+    return problems + (_lasting(plan) if server.public_copies else [])
 
 
 def _lasting(plan: "Plan") -> list[str]:
@@ -63,11 +63,13 @@ def _lasting(plan: "Plan") -> list[str]:
             plan.recipe.defences.gate is not None
         ),
         "follows every tensor in every round. Use uplink and downlink without fragments.": plan.downlink.cycle > 1,
-        "takes answers of the round they were asked in. Use --set staleness.max=0.": plan.recipe.staleness.max > 0,
+        "takes answers of the round they were asked in. Use --set staleness.max=0.": (
+            plan.recipe.staleness.max > 0 and bool(plan.optimizer.gives)
+        ),
     }
     problems = [f"{name} {why}" for why, applies in faults.items() if applies]
     warmup = getattr(plan.server_optimizer, "warmup", None)
-    for way in ("uplink", "downlink"):
+    for way in ("uplink", "downlink") if warmup is not None else ():
         rounds = getattr(getattr(plan, way), "rounds", warmup)
         if rounds != warmup:
             problems.append(f"{way}.rounds: got {rounds}, but {name} has a warmup of {warmup} rounds. Use one number.")

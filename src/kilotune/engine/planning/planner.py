@@ -175,7 +175,8 @@ def memory_bytes(
     held = thinned(plan, facts)
     idle = IDLE_BYTES if figures is None else figures["idle_bytes"]
     trained, federated = sum(numel.values()), plan.recipe.rounds is not None
-    moments = plan.optimizer.copies * trained
+    outer = plan.server_optimizer
+    moments = (plan.optimizer.copies + outer.public_copies + (0 if client else outer.copies)) * trained
     stays = (held if client else facts).numbers + moments + _copies(plan, facts, trained, federated)
     if _adapts(plan):
         stays += trained

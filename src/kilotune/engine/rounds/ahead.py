@@ -1,9 +1,10 @@
 """Ahead: a client takes the first steps of its next round while the answer of the last one is on its way.
 
-With `streaming.overlap` it takes what a round has brought only after so many steps. These need nothing but what it
-holds once it has answered, so they are taken at once, while answer, result and requests travel. A request that comes
-before their end waits for the step under way, and is gone on with from there. No bit of the result depends on it, and a
-client that is killed loses no more than these steps.
+With `streaming.overlap` it takes what a round has brought only after so many steps; where the server's rule foresees
+what a round changes, it takes all steps of the next one. These need nothing but what it holds once it has answered, so
+they are taken at once, while answer, result and requests travel. A request that comes before their end waits for the
+step under way, and is gone on with from there. No bit of the result depends on it, and a client that is killed loses no
+more than these steps.
 """
 
 import threading
@@ -19,7 +20,8 @@ from kilotune.engine.composing.plan import Plan
 from kilotune.engine.flower.messages import Facts, Handler, Reply, Request
 from kilotune.engine.partial.device import ordered
 from kilotune.engine.rounds.pace import lighter
-from kilotune.engine.rounds.streaming import OwnWeights
+from kilotune.engine.rounds.replica import Replica
+from kilotune.engine.rounds.streaming import OwnWeights, streams, unsteady
 from kilotune.engine.training.step import Memory, StepReport, rate
 
 
@@ -43,9 +45,27 @@ def foreseen(plan: Plan, asked: Facts) -> Facts | None:
     number, progress = int(asked["round"]), float(asked["progress"])
     # How many rounds there are is the server's to say; its first request does not.
     rounds = round((number - 1) / progress) if progress > 0 else plan.recipe.rounds or 0
-    if number >= rounds or not plan.recipe.streaming.overlap or not plan.schedule.everybody:
+    if number >= rounds or not plan.schedule.everybody or not _free(plan):
         return None
     return {**asked, "round": number + 1, "progress": number / rounds}
+
+
+def _free(plan: Plan) -> int:
+    """Steps of a round that need nothing of the round before."""
+    if streams(plan):
+        return 0 if plan.optimizer.anchored else plan.recipe.streaming.overlap
+    steady = not unsteady(plan) and not plan.recipe.arms.pruning
+    return plan.recipe.local_steps if steady and plan.server_optimizer.foresees else 0
+
+
+def foresee(replica: Replica) -> None:
+    """Move the model to where the next round ends whatever it brings, as far as the server's rule can say."""
+    plan, trainable = replica.plan, replica.trainable
+    if streams(plan):
+        return  # clients go on from weights of their own
+    for name, public in replica.public.items():
+        if (change := plan.server_optimizer.foresee(public)) is not None:
+            trainable.move(name, change)
 
 
 @dataclass
@@ -61,7 +81,7 @@ class Begun:
     @property
     def free(self) -> int:
         """Steps that need nothing of the round before."""
-        return 0 if self.work.plan.optimizer.anchored else self.work.plan.recipe.streaming.overlap
+        return _free(self.work.plan)
 
     @contextmanager
     def entered(self, trainable: Trainable) -> Iterator[OwnWeights]:

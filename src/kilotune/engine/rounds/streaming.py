@@ -93,6 +93,12 @@ def streaming_clashes(plan: Plan) -> list[str]:
         problems.append(
             f"streaming.overlap: got {recipe.streaming.overlap}, expected less than local_steps ({recipe.local_steps})."
         )
+    return problems + [f"streaming {why}" for why in unsteady(plan)]
+
+
+def unsteady(plan: Plan) -> list[str]:
+    """Why a client of this plan cannot leave its tensors between two steps and come back to the same bits."""
+    recipe = plan.recipe
     faults = {
         "needs tensors that stay what they are. Use parametrization: full or peft.": (
             plan.parametrization.uses_basis or "fresh_start" in plan.parametrization.gives
@@ -108,4 +114,4 @@ def streaming_clashes(plan: Plan) -> list[str]:
             plan.optimizer.hears
         ),
     }
-    return problems + [f"streaming {why}" for why, applies in faults.items() if applies]
+    return [why for why, applies in faults.items() if applies]

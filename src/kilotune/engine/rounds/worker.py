@@ -24,7 +24,7 @@ from kilotune.engine.model.evaluation import EvaluationReport
 from kilotune.engine.partial.device import Device
 from kilotune.engine.partial.splitclient import SplitClient
 from kilotune.engine.privacy.privatesteps import private_steps
-from kilotune.engine.rounds.ahead import Begun, foreseen, work_of
+from kilotune.engine.rounds.ahead import Begun, foresee, foreseen, work_of
 from kilotune.engine.rounds.bounds import coefficient_limit, finite, prober, said_by, step_stream, vocabulary_of
 from kilotune.engine.rounds.clientstate import Answer, ClientState, RoundLog
 from kilotune.engine.rounds.following import (
@@ -235,6 +235,7 @@ class Worker:
         begun = self._begin(coming)
         if len(begun.reports) < begun.free and not asked.is_set():
             with begun.entered(trainable := self.replica.trainable) as own:
+                foresee(self.replica)
                 self._steps(begun, own, asked)
                 begun.weights = {name: value.clone() for name, value in trainable.wire.items()}
         self._begun = begun if begun.reports else None
