@@ -20,9 +20,8 @@ from processes import enrol, federate
 
 WORDS = ("on", "off", "up", "down", "hot", "cold", "red", "blue")
 ROWS = 4  # per client
-M = 4096
 VECTORS = 10_000
-TINY = ["data.max_length=64", "data.system=", "batch_size=2", "local_steps=1", f"basis.size={M}"]
+TINY = ["data.max_length=64", "data.system=", "batch_size=2", "local_steps=1"]
 TINY += ["evaluation.generate=false", "evaluation.limit=8", "threads=1"]
 REAL = ["base=smollm2-135m", "data.max_length=64", "batch_size=2", "local_steps=1"]
 REAL += ["evaluation.generate=false", "evaluation.limit=4"]
@@ -124,16 +123,16 @@ def deployed(folder: Path, notes: list[str]) -> list[Measurement]:
 
 
 def aggregation(folder: Path, notes: list[str]) -> list[Measurement]:
-    """Decode and mean of 10,000 int8 payloads of 4,096 coefficients."""
+    """Decode and mean of 10,000 payloads of the default recipe."""
     found = alone(__file__, "aggregate")
     notes.append(
         f"Aggregation: decode {found['decode_us']:.0f} µs and addition {found['add_us']:.0f} µs a vector; the sums "
         f"take {found['sum_bytes'] / 1024:.0f} KiB whatever the number of vectors. The plain way holds "
-        f"{VECTORS * M * 4 / 2**20:.0f} MiB of float32."
+        f"{VECTORS * found['numbers'] * 4 / 2**20:.0f} MiB of float32."
     )
     return [
         Measurement(
-            f"aggregation of {VECTORS:,} vectors of {M:,} (s)",
+            f"aggregation of {VECTORS:,} payloads of {found['numbers']:,} (s)",
             f"{found['median_s']:.2f} s",
             f"decode all, then numpy's average: {found['plain_s']:.2f} s",
             found["median_s"],
@@ -222,11 +221,14 @@ def aggregate() -> dict[str, float]:
     import torch
 
     from kilotune.aggregation.mean import Mean
-    from kilotune.codec.coefficients import Coefficients
     from kilotune.core.types import TensorUpdate, WireContext
+    from kilotune.engine.composing.compose import compose
 
-    codec, context, rng = Coefficients(), WireContext(1, 7, {"coords": (M,)}), np.random.default_rng(0)
-    drawn = [rng.normal(size=M).astype(np.float32) * rng.uniform(0.1, 10) for _ in range(500)]
+    plan, rng = compose("kilotune", "federate"), np.random.default_rng(0)
+    assert plan.basis is not None
+    codec, size = plan.uplink, plan.basis.size
+    context = WireContext(1, 7, {"coords": (size,)}, size)
+    drawn = [rng.normal(size=size).astype(np.float32) * rng.uniform(0.1, 10) for _ in range(500)]
     made = [codec.encode(TensorUpdate({"coords": torch.from_numpy(x)}), context, {}) for x in drawn]
     payloads = [made[i % len(made)] for i in range(VECTORS)]
     counts = [1 + i % 50 for i in range(VECTORS)]
@@ -256,6 +258,7 @@ def aggregate() -> dict[str, float]:
     decode = time.perf_counter() - started
     (sums,) = gathering._sums.values()
     return {
+        "numbers": size,
         "median_s": statistics.median(runs),
         "low_s": min(runs),
         "high_s": max(runs),

@@ -2,7 +2,7 @@
 
     python benchmarks/results.py --data DIR [--peers PYTHON] [--only replay federation]
 
-Points that are not run again keep the figures of their last run in --output. Everything takes about 40 minutes.
+Points that are not run again keep their table and their headlines. Everything takes about 40 minutes.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from typing import Any
 from common import COLUMNS
 
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
+RESULTS, README = HERE / "results.md", HERE.parent / "README.md"
 START, END = "<!-- headlines of benchmarks/results.md -->", "<!-- end -->"
 
 
@@ -37,13 +37,14 @@ def main() -> None:
         "scaling": [],
         "planner": ["--data", rows],
     }
+    contents = []
     for point, words in points.items():
         if not args.only or point in args.only:
             run(point, [*words, "--output", str(args.output / point)])
-    found = {point: args.output / f"{point}.json" for point in points}
-    contents = [json.loads(path.read_text(encoding="utf-8")) for path in found.values() if path.exists()]
-    (HERE / "results.md").write_text(page(contents), encoding="utf-8")
-    fill_readme([row for content in contents for row in content.get("headlines", [])])
+            contents.append(json.loads((args.output / f"{point}.json").read_text(encoding="utf-8")))
+    text, readme = (path.read_text(encoding="utf-8") for path in (RESULTS, README))
+    RESULTS.write_text(page(text, contents), encoding="utf-8")
+    README.write_text(with_headlines(readme, text, contents), encoding="utf-8")
 
 
 def run(point: str, words: list[str]) -> None:
@@ -63,24 +64,36 @@ def table(columns: list[str], rows: list[list[str]]) -> list[str]:
     ]
 
 
-def page(contents: list[dict[str, Any]]) -> str:
-    """One section per point: table, notes, machine."""
-    lines = ["# Results", "", "Written by `make bench`. Ratios of one run on one machine; a shared one, so they vary."]
+def page(old: str, contents: list[dict[str, Any]]) -> str:
+    """One section per point: table, notes, machine. Those of the old page stay where there is nothing new."""
+    made = sections(old)
     for content in contents:
         columns = list(content["rows"][0]) if content["rows"] else COLUMNS
         facts = "; ".join(f"{key} {value}" for key, value in content["environment"].items())
-        lines += ["", f"## {content['title']}", "", *table(columns, [list(row.values()) for row in content["rows"]])]
-        lines += ["", *content["notes"], "", f"<sub>{facts}</sub>"]
-    return "\n".join(lines) + "\n"
+        lines = [f"## {content['title']}", "", *table(columns, [list(row.values()) for row in content["rows"]])]
+        made[content["title"]] = "\n".join([*lines, "", *content["notes"], "", f"<sub>{facts}</sub>"])
+    head = "# Results\n\nWritten by `make bench`. Ratios of one run on one machine; a shared one, so they vary."
+    return "\n\n".join([head, *made.values()]) + "\n"
 
 
-def fill_readme(headlines: list[list[str]]) -> None:
-    """The headlines between the two marks of the README."""
-    text = README.read_text(encoding="utf-8")
-    before, rest = text.split(START)
-    after = rest.split(END)[1]
-    lines = table(COLUMNS[:-1], [cells[:-1] for cells in headlines])
-    README.write_text("\n".join([before + START, *lines, END + after]), encoding="utf-8")
+def sections(text: str) -> dict[str, str]:
+    """Title -> section of a page."""
+    parts = text.split("\n## ")[1:]
+    return {part.partition("\n")[0]: "## " + part.strip() for part in parts}
+
+
+def with_headlines(readme: str, old: str, contents: list[dict[str, Any]]) -> str:
+    """The README with the headlines between its two marks; those of points that were not run again stay."""
+    before, rest = readme.split(START)
+    shown, after = rest.split(END)
+    lines, fresh = table(COLUMNS[:-1], []), {content["title"]: content["headlines"] for content in contents}
+    for title, section in {**sections(old), **fresh}.items():
+        if title in fresh:
+            lines += [f"| {' | '.join(cells[:-1])} |" for cells in fresh[title]]
+        else:
+            rows = {line.split(" | ")[0] for line in section.split("\n") if line.startswith("| ")}
+            lines += [line for line in shown.split("\n")[3:] if line.split(" | ")[0] in rows]
+    return "\n".join([before + START, *lines, END + after])
 
 
 if __name__ == "__main__":
