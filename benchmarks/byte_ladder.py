@@ -40,7 +40,8 @@ DIALS = {
     "kilotune": {
         "M 2048": ("basis.size=2048", "optimizer.lr=3.0e-2"),
         "M 32768": ("basis.size=32768", "optimizer.lr=1.7e-2"),
-    }
+    },
+    "fedavg_full": {"fp32": ("uplink.dtype=fp32", "downlink.dtype=fp32")},  # the upper end
 }
 PASSES = 3  # a step with backprop: one pass forward, and one back that costs two
 # What the page shows of a run, and so what is kept beside the page.
@@ -56,7 +57,8 @@ Every federated recipe on the same rows and the same clients, with the same loca
   spend as many in all: a step is two, each measurement of the rate (`lr: auto`) eleven. A recipe that sends every
   gradient (`local_steps: 1`) keeps doing so, in {local_steps} times as many rounds. What a part counts in rounds (a
   warm-up) is scaled with the rounds.
-- **Dial.** The default is there with a quarter and with four times its coefficients, too (`M`).
+- **Dial.** The default is there with a quarter and with four times its coefficients, too (`M`), all weights also in
+  fp32.
 - **Bytes.** All payloads of one client over the whole run, up and down.
 - **Rates.** Each recipe's own; the default's schedule, numbers and bits were chosen on clinc150 and ni, not on
   banking77 (docs/log.md).

@@ -40,6 +40,7 @@ class Timed(LocalExchange):
         def handle(request):
             client = self._clients[name]
             if request.kind != "train":
+                client.ahead(most=1)  # begins before the result is heard, and goes on after it
                 return client.worker.handle(request)
             arrives, free = self._sent + self._way, self._free[name]
             ready = max(arrives, free + self._steps(client, lambda: client.ahead(most=arrives - free)))
@@ -87,10 +88,16 @@ def test_a_round_takes_the_longer_of_its_steps_and_its_way_not_their_sum(rows, b
     assert (lengths, steps) == ([STEPS + 2 * way] * (ROUNDS - 1), EACH_ONCE)
 
 
-@pytest.mark.parametrize("settings", [ADAPTER, ALL, PULLED], ids=["adapter", "all weights", "proximal"])
+MEASURED = (*ADAPTER, "evaluation.every=1")  # clients hear a round's result before they are asked for the next
+
+
+@pytest.mark.parametrize(
+    "settings", [ADAPTER, ALL, PULLED, MEASURED], ids=["adapter", "all weights", "proximal", "measured"]
+)
 def test_no_bit_depends_on_how_far_a_client_is_ahead(rows, base, tmp_path, settings):
     """Kills: a start that is foreseen with the mean before, or with another rounding; a pull towards the start before;
-    moments or weights that are lost between two requests; a deployed client that is not a simulated one."""
+    a step that is foreseen once more when it has been heard; moments or weights that are lost between two requests; a
+    deployed client that is not a simulated one."""
     recipe = plan(base, rows, "co2", *SETTINGS, *settings)
     heads = {timed(recipe, base, tmp_path / str(way), way)[0] for way in (0, 1, 5)}
     assert heads == {federate(recipe, tmp_path / "simulated", quiet)["ledger_head"]}

@@ -58,11 +58,11 @@ def _free(plan: Plan) -> int:
     return plan.recipe.local_steps if steady and plan.server_optimizer.foresees else 0
 
 
-def foresee(replica: Replica) -> None:
-    """Move the model to where the next round ends whatever it brings, as far as the server's rule can say."""
+def foresee(replica: Replica, number: int) -> None:
+    """Move the model to where a round begins, as far as the server's rule can say, before the last one was heard."""
     plan, trainable = replica.plan, replica.trainable
-    if streams(plan):
-        return  # clients go on from weights of their own
+    if streams(plan) or replica.round == number - 1:
+        return  # clients go on from weights of their own, or the round before was heard
     for name, public in replica.public.items():
         if (change := plan.server_optimizer.foresee(public)) is not None:
             trainable.move(name, change)

@@ -235,7 +235,7 @@ class Worker:
         begun = self._begin(coming)
         if len(begun.reports) < begun.free and not asked.is_set():
             with begun.entered(trainable := self.replica.trainable) as own:
-                foresee(self.replica)
+                foresee(self.replica, begun.work.number)
                 self._steps(begun, own, asked)
                 begun.weights = {name: value.clone() for name, value in trainable.wire.items()}
         self._begun = begun if begun.reports else None
