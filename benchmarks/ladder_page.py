@@ -78,7 +78,7 @@ class Rungs:
         rows = [[str(number), *self._cells(point)] for number, point in enumerate(self.points, start=1)]
         notes = [f"- {text}" for text in self.verdicts()]
         notes += [f"- `{label}` failed: {why}" for label, why in self.errors.items()]
-        notes += [f"- Not run: {', '.join(self.missing)}."] if self.missing else []
+        notes += [f"- Not run: {', '.join(f'`{label}`' for label in self.missing)}."] if self.missing else []
         return [*markdown(columns, [*first, *rows]), "", *notes]
 
     def _cells(self, point: Point) -> list[str]:
