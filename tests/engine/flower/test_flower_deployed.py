@@ -13,11 +13,14 @@ from pathlib import Path
 
 import httpx
 import pytest
+from flwr.proto.fleet_pb2 import DeactivateNodeRequest
 
 import kilotune
 from kilotune.core.errors import FederationError
 from kilotune.engine.flower.client import serve
+from kilotune.engine.flower.fleet import FleetLink
 from kilotune.engine.flower.keys import init_server, key_id, load_server_keys, read_join_file, revoke, rotate
+from kilotune.engine.flower.limits import Limits
 from kilotune.engine.flower.messages import Reply, Request
 from kilotune.engine.flower.server import start_server
 from ports import free_port
@@ -302,6 +305,23 @@ def test_missing_the_deadline_leaves_a_client_out_and_its_late_answer_too(server
     assert not thread.is_alive()
     assert server.roster() == []
     assert server._link.grid.state.num_message_ins() == 0  # what nobody answered is not kept either
+
+
+def test_a_poll_that_comes_after_its_client_has_left_does_not_bring_it_back(server):
+    """Kills: a client counted as there, or given a request, because a poll of it was overtaken by its leave."""
+    link = FleetLink(read_join_file(server.keys.join_path("cleo")), Limits())
+    try:
+        link.activate()
+        assert server.roster() == ["cleo"]
+        link._client.DeactivateNode(DeactivateNodeRequest(node_id=link._node.node_id))
+        assert list(server.exchange({"cleo": Request("train", {"round": 0})}, 0.1)) == []
+        link.heartbeat()
+        assert server._link.grid.state.get_message_ins(link._node.node_id, 1) == []
+        assert server.roster() == []
+        link.activate()
+        assert server.roster() == ["cleo"]
+    finally:
+        link.leave()
 
 
 def test_an_insecure_federation_works_when_asked_for(tmp_path):

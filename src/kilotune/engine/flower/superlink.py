@@ -22,6 +22,8 @@ from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, NOOP_ACCOUNT_NAME, 
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.server.superlink.linkstate import InMemoryLinkState
 from flwr.supercore.constant import NOOP_FEDERATION_ID, NodeStatus, TaskType
+from flwr.supercore.object_store import ObjectStore
+from flwr.superlink.federation import FederationManager
 from flwr.superlink.grid.inmemory_grid import InMemoryGrid
 from flwr.superlink.main import create_app
 
@@ -45,6 +47,10 @@ class ResidentState(InMemoryLinkState):
     report: Callable[[str, int], None]
     admit: Callable[[Message], None] = staticmethod(lambda message: None)
 
+    def __init__(self, federation_manager: FederationManager, object_store: ObjectStore) -> None:
+        super().__init__(federation_manager, object_store)
+        self._left: set[int] = set()  # nodes that have not joined, or not since they left
+
     def activate_node(self, node_id: int, heartbeat_interval: float) -> bool:
         """A client killed and restarted is still online for Flower, which would refuse it for a minute.
 
@@ -52,6 +58,7 @@ class ResidentState(InMemoryLinkState):
         """
         with self.lock:
             self.deactivate_node(node_id)
+            self._left.discard(node_id)
             done = super().activate_node(node_id, heartbeat_interval)
             for message_id, message in self.message_ins_store.items():
                 answered = message_id in self.message_ins_id_to_message_res_id
@@ -61,6 +68,17 @@ class ResidentState(InMemoryLinkState):
             self.report("joined", node_id)
         return done
 
+    def deactivate_node(self, node_id: int) -> bool:
+        """From here on only joining again brings it back."""
+        with self.lock:
+            self._left.add(node_id)
+            return super().deactivate_node(node_id)
+
+    def acknowledge_node_heartbeat(self, node_id: int, heartbeat_interval: float) -> bool:
+        """A heartbeat, or a poll, that a client sent before it left may come after that."""
+        with self.lock:
+            return node_id not in self._left and super().acknowledge_node_heartbeat(node_id, heartbeat_interval)
+
     def add(self, public_key: bytes) -> int:
         """A node for an enrolled key, at first offline: messages may wait for it before it has ever joined."""
         node_id = self.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, public_key, HEARTBEAT_DEFAULT_INTERVAL)
@@ -69,9 +87,9 @@ class ResidentState(InMemoryLinkState):
         return node_id
 
     def get_message_ins(self, node_id: int, limit: int | None, *, run_id: int | None = None) -> list[Message]:
-        """A poll is a sign of life, so a waiting client needs no heartbeats."""
-        self.acknowledge_node_heartbeat(node_id, HEARTBEAT_DEFAULT_INTERVAL)
-        return super().get_message_ins(node_id, limit, run_id=run_id)
+        """A poll is a sign of life, so a waiting client needs no heartbeats. One that has left is given nothing."""
+        here = self.acknowledge_node_heartbeat(node_id, HEARTBEAT_DEFAULT_INTERVAL)
+        return super().get_message_ins(node_id, limit, run_id=run_id) if here else []
 
     def store_message_res(self, message: Message) -> str | None:
         """Report a reply; one that is refused takes nobody's place."""
