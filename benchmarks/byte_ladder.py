@@ -8,7 +8,8 @@ FOLDER holds clinc150, ni_core, ni_unseen and banking77 (.jsonl.gz). A finished 
 everything that decides its figures, and is not repeated; an interrupted one goes on where it was; one that fails is a
 line with its error and is tried again by the next call. After each run the page is written anew, from all files there
 are of this setting, and beside it a JSON file with the figures of every run on it: a new checkout goes on from those.
-What is held equal, and how, stands on that page: `METHOD`, below.
+To measure one again remove its line there; to measure all, write the --page elsewhere. What is held equal, and how,
+stands on that page: `METHOD`, below.
 """
 
 import argparse
@@ -47,6 +48,7 @@ PASSES = 3  # a step with backprop: one pass forward, and one back that costs tw
 # What the page shows of a run, and so what is kept beside the page.
 SHOWN = ("label", "before", "after", "rounds", "up", "down", "bytes", "peak_rss_bytes", "curve")
 
+HOW = "Written by `make ladder`, which runs what byte_ladder.json beside this page does not have."
 METHOD = """
 Every federated recipe on the same rows and the same clients, with the same local compute.
 
@@ -403,7 +405,7 @@ class Ladder:
         setting = ", ".join(f"{key} {value}" for key, value in asdict(self.setting).items())
         text = METHOD.format(**asdict(self.setting)).strip()
         seen = f"![Loss by bytes]({self.page.stem}.svg)" if panels else "Nothing was run in this setting yet."
-        lines = ["# The byte ladder", "", "Written by `make ladder`.", text, "", seen]
+        lines = ["# The byte ladder", "", HOW, text, "", seen]
         self.page.parent.mkdir(parents=True, exist_ok=True)
         content = "\n".join([*lines, *sections, "", f"Setting: {setting}.", "", f"<sub>{facts}</sub>"]) + "\n"
         self.page.write_text(content, encoding="utf-8")
