@@ -155,6 +155,15 @@ def test_the_time_of_sharding_counts_every_step_of_a_run(base, tmp_path, monkeyp
     assert found["seconds"] == pytest.approx(len(steps) * found["seconds_per_step"])
 
 
+@pytest.mark.parametrize(
+    ("seconds", "enough"),
+    [([1.0, 1.05], False), ([3.0, 1.0, 1.05], True), ([1.0, 1.5, 1.6], False), ([1.0, 1.5, 1.6, 1.02], True)],
+)
+def test_a_step_is_tried_until_its_fastest_time_is_nearly_reached_again(seconds, enough):
+    """Kills: a plan that is wrong by a factor because all tries of one point met a busy machine."""
+    assert slices.settled(seconds) == enough
+
+
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
