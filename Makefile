@@ -18,7 +18,7 @@ demo: $(READY)  ## three clients with private data and a server tune one model t
 	$(BIN)/python benchmarks/demo.py --output runs/demo
 
 test: $(READY)  ## every test, the real model included
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not real and not processes"
+	$(BIN)/python -m pytest -n 2 -m "not real and not processes"
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "real or processes"
 
 lint: $(READY)
